@@ -1,0 +1,1 @@
+"""graphopt makes a trained PyTorch network small and fast on ordinary CPUs."""

@@ -1,0 +1,1 @@
+"""The engine: lowering, selection, memory plan and execution of a graph."""

@@ -1,0 +1,1 @@
+"""The graph: values, nodes, types, text form, verifier and views."""

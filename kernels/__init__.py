@@ -1,0 +1,1 @@
+"""Kernel families, one per file; they know problems, not graphs."""

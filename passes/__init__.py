@@ -1,0 +1,1 @@
+"""The passes that come with graphopt, one per file."""
