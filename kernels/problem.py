@@ -1,0 +1,143 @@
+"""What a kernel is asked to do: plain, hashable facts about shapes and memory.
+
+A problem knows nothing of graphs. Its operands are numbered; `registry.Input` and
+`registry.Output` refer to them by that number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+ITEM_BYTES = {
+    "float32": 4,
+    "float64": 8,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes of one element in memory, by dtype name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory.
+
+    ``order`` lists the dimensions from the outermost (slowest) to the innermost, so that
+    (0, 1, 2, 3) is NCHW and (0, 2, 3, 1) channels last. ``pitch`` is the distance in elements
+    between neighbours along the second innermost dimension, where it is more than the innermost
+    size (rows that start on 64-byte lines); 0 means dense.
+    """
+
+    dtype: str
+    order: tuple[int, ...]
+    pitch: int = 0
+
+    @staticmethod
+    def plain(dtype: str, rank: int) -> Layout:
+        """Contiguous, outermost dimension first."""
+        return Layout(dtype, tuple(range(rank)))
+
+    def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Elements between neighbours along each dimension of a tensor of that shape."""
+        strides = [0] * len(shape)
+        distance = 1
+        for place, dimension in enumerate(reversed(self.order)):
+            if place == 1 and self.pitch:
+                distance = self.pitch
+            strides[dimension] = distance
+            distance *= max(shape[dimension], 1)
+        return tuple(strides)
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        """Memory that a tensor of that shape spans."""
+        if 0 in shape:
+            return 0
+        steps = zip(shape, self.strides(shape), strict=True)
+        return (1 + sum((size - 1) * stride for size, stride in steps)) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that a problem reads or writes."""
+
+    shape: tuple[int, ...]
+    layout: Layout
+
+    @staticmethod
+    def plain(dtype: str, shape: tuple[int, ...]) -> Operand:
+        """A contiguous tensor."""
+        return Operand(tuple(shape), Layout.plain(dtype, len(shape)))
+
+    @property
+    def dtype(self) -> str:
+        return self.layout.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Elements between neighbours along each dimension."""
+        return self.layout.strides(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it spans."""
+        return self.layout.bytes(self.shape)
+
+
+@dataclass(frozen=True)
+class ConstantOperand(Operand):
+    """A tensor whose values never change, so that a kernel may rearrange it beforehand.
+
+    ``digest`` identifies the pattern of its zeros where that matters to the choice of a kernel.
+    """
+
+    digest: str = ""
+
+
+class Problem:
+    """Base of all problems, which are frozen dataclasses.
+
+    ``inputs`` and ``outputs`` are tuples of `Operand`.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+    @property
+    def flops(self) -> int:
+        """Arithmetic operations; a multiplication and its addition are two."""
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> int:
+        """Memory traffic if every operand is read or written once."""
+        return sum(operand.bytes for operand in (*self.inputs, *self.outputs))
+
+    def key(self) -> str:
+        """A text that is equal for equal problems only, in every process and version."""
+        return _text(self)
+
+
+def _text(fact: Any) -> str:
+    if is_dataclass(fact) and not isinstance(fact, type):
+        parts = (f"{entry.name}={_text(getattr(fact, entry.name))}" for entry in fields(fact))
+        return f"{type(fact).__name__}({','.join(parts)})"
+    if isinstance(fact, tuple):
+        return f"[{','.join(map(_text, fact))}]"
+    return repr(fact)
+
+
+def numpy_dtype(dtype: str) -> np.dtype:
+    """numpy's dtype of that name."""
+    return np.dtype(dtype)

@@ -1,0 +1,89 @@
+"""Kernel sources: Python text compiled by Numba once per machine.
+
+Numba can keep what it compiles only for functions that are in a file, so each source is written
+into the cache directory under a key that names everything the machine code depends on, and is
+imported and compiled from there. The next process loads the object code in milliseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import platform
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba import cfunc, types
+from numba.core.registry import cpu_target
+
+from graphopt.kernels import cache
+from graphopt.kernels.registry import Entry
+
+SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
+
+_HELPERS = ("register.py", "simd.py", "elementary.py")
+
+_entries: dict[str, Entry] = {}
+_lock = threading.RLock()
+
+
+def build(name: str, text: str) -> Entry:
+    """Compile ``text``, a module that defines ``kernel(arguments, thread, threads)``.
+
+    ``name`` is for people (profilers show it) and must be an identifier. The result is remembered
+    in this process and on disk; safe to call from several threads and processes at once.
+    """
+    key = _key(name, text)
+    with _lock:
+        entry = _entries.get(key)
+        if entry is None:
+            entry = _entries[key] = _compile(name, text, key)
+    return entry
+
+
+def _key(name: str, text: str) -> str:
+    return hashlib.sha256("\0".join((name, text, _environment())).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _environment() -> str:
+    """Everything beside its own text that a kernel's machine code depends on."""
+    here = Path(__file__).parent
+    helpers = hashlib.sha256(b"".join((here / name).read_bytes() for name in _HELPERS))
+    versions = (numba.__version__, llvmlite.__version__, platform.python_version())
+    return repr((versions, cpu_target.target_context.codegen().magic_tuple(), helpers.hexdigest()))
+
+
+def _compile(name: str, text: str, key: str) -> Entry:
+    place = cache.path("kernels", key, f"{name}.py")
+    content = text.encode()
+    # An unchanged file keeps its time, by which Numba recognises it.
+    if not place.exists() or place.read_bytes() != content:
+        cache.write(place, content)
+    try:
+        compiled = _load(place, name, key)
+    except (EOFError, OSError):
+        # A power failure can leave an index without content, or another process trims the cache.
+        shutil.rmtree(place.parent, ignore_errors=True)
+        cache.write(place, content)
+        compiled = _load(place, name, key)
+    if compiled.cache_hits == 0:
+        cache.trim()
+    cache.touch(place.parent)
+    return Entry(compiled.address, name, compiled)
+
+
+def _load(place: Path, name: str, key: str) -> numba.core.ccallback.CFunc:
+    specification = importlib.util.spec_from_file_location(f"graphopt_kernel_{key}", place)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    # Cached machine code finds its module there by name when it is loaded again.
+    sys.modules[module.__name__] = module
+    specification.loader.exec_module(module)
+    module.kernel.__name__ = module.kernel.__qualname__ = name
+    return cfunc(SIGNATURE, cache=True, error_model="numpy")(module.kernel)
