@@ -395,7 +395,7 @@ def operation(emit: Callable[..., Register]) -> Any:
         def define(typing: Any, a: Any, b: Any, c: Any) -> Any:
             return plan((a, b, c))
 
-    define.__name__ = define.__qualname__ = emit.__name__
+    define.__name__ = define.__qualname__ = emit.__name__.lstrip("_")
     define.__module__ = emit.__module__
     define.__doc__ = emit.__doc__
     return intrinsic(define)
