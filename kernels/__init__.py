@@ -1,1 +1,9 @@
-"""Kernel families, one per file; they know problems, not graphs."""
+"""Kernel families, one per file; they know problems, not graphs.
+
+Importing this package registers the built-in families. `registry` says how to write another.
+"""
+
+from graphopt.kernels import pointwise
+from graphopt.kernels.registry import candidates
+
+__all__ = ["candidates", "pointwise"]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import numpy as np
+from graphopt.kernels.expression import Expression
 
 ITEM_BYTES = {
     "float32": 4,
@@ -138,6 +138,17 @@ def _text(fact: Any) -> str:
     return repr(fact)
 
 
-def numpy_dtype(dtype: str) -> np.dtype:
-    """numpy's dtype of that name."""
-    return np.dtype(dtype)
+@dataclass(frozen=True)
+class PointwiseProblem(Problem):
+    """``outputs = expression(*inputs)``, element by element.
+
+    All outputs have one shape; inputs broadcast to it as in torch.
+    """
+
+    expression: Expression
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+    @property
+    def flops(self) -> int:
+        return len(self.expression.instructions) * self.outputs[0].size

@@ -332,10 +332,14 @@ def splat(builder: ir.IRBuilder, vector: Vector, scalar: ir.Value) -> Register:
 def scalar_bits(context: Any, builder: ir.IRBuilder, vector: Vector, value: Any, numba: Any) -> Any:
     """A Numba scalar cast to the vector's element, as it sits in a register."""
     value = context.cast(builder, value, numba, vector.element)
-    return builder.trunc(value, ir.IntType(1)) if vector.bits == 1 and value.type.width > 1 else value
+    return (
+        builder.trunc(value, ir.IntType(1)) if vector.bits == 1 and value.type.width > 1 else value
+    )
 
 
-def _registers(context: Any, builder: Any, numba: Any, values: Any, vector: Vector) -> list[Register]:
+def _registers(
+    context: Any, builder: Any, numba: Any, values: Any, vector: Vector
+) -> list[Register]:
     return [
         Register(builder, kind, value)
         if isinstance(kind, Vector)

@@ -120,8 +120,11 @@ def register(problem: type[P]) -> Callable[[Callable[[P], list[Candidate]]], Fam
     """Register a function that lists a family's candidates for problems of one type."""
 
     def add(family: Callable[[P], list[Candidate]]) -> Family:
-        if not family.__module__.startswith("graphopt.") and __name__ != "graphopt.kernels.registry":
-            raise ImportError(f"{__name__} was imported under a second name; use graphopt.kernels")
+        if family.__module__.partition(".")[0] == "kernels":
+            raise ImportError(
+                f"{family.__module__} was imported under a second name; its name is "
+                f"graphopt.{family.__module__}"
+            )
         _families.setdefault(problem, []).append(family)
         return family
 

@@ -63,6 +63,8 @@ __all__ = [
     "Vector",
     "absolute",
     "any_lane",
+    "at_least",
+    "at_most",
     "broadcast",
     "ceil",
     "convert",
@@ -113,6 +115,18 @@ def minimum(a: Register, b: Register) -> Register:
 def maximum(a: Register, b: Register) -> Register:
     """The larger of each pair; NaN if either is NaN."""
     return a.maximum(b)
+
+
+@operation
+def at_least(a: Register, bound: Register) -> Register:
+    """The larger of each pair in one instruction; NaN if ``a`` is, ``bound`` must not be."""
+    return (bound > a).select(bound, a)
+
+
+@operation
+def at_most(a: Register, bound: Register) -> Register:
+    """The smaller of each pair in one instruction; NaN if ``a`` is, ``bound`` must not be."""
+    return (bound < a).select(bound, a)
 
 
 @operation

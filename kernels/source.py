@@ -27,6 +27,7 @@ from graphopt.kernels.registry import Entry
 SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 
 _HELPERS = ("register.py", "simd.py", "elementary.py")
+"""The modules whose content becomes part of every kernel."""
 
 _entries: dict[str, Entry] = {}
 _lock = threading.RLock()
@@ -80,7 +81,8 @@ def _compile(name: str, text: str, key: str) -> Entry:
 
 def _load(place: Path, name: str, key: str) -> numba.core.ccallback.CFunc:
     specification = importlib.util.spec_from_file_location(f"graphopt_kernel_{key}", place)
-    assert specification is not None and specification.loader is not None
+    assert specification is not None
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     # Cached machine code finds its module there by name when it is loaded again.
     sys.modules[module.__name__] = module

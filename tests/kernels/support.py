@@ -1,0 +1,151 @@
+"""Runs kernels on buffers between inaccessible pages, so that any stray access is fatal."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from graphopt.kernels.problem import ConstantOperand, Operand, Problem
+from graphopt.kernels.registry import (
+    Argument,
+    Candidate,
+    Input,
+    Output,
+    Packed,
+    Scratch,
+    Step,
+    candidates,
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PROT_NONE = 0
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+class GuardedBuffer:
+    """``size`` bytes that end at an inaccessible page, or begin after one.
+
+    ``offset`` moves the bytes away from that page, to try starts that are not aligned.
+    """
+
+    def __init__(self, size: int, at_end: bool = True, offset: int = 0) -> None:
+        page = mmap.PAGESIZE
+        inside = max(-(-(size + offset) // page), 1) * page
+        self._map = mmap.mmap(-1, inside + 2 * page)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        for guard in (base, base + page + inside):
+            if _libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), _PROT_NONE) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect failed")
+        self.size = size
+        self.address = base + page + (inside - size - offset if at_end else offset)
+        whole = (ctypes.c_uint8 * size).from_address(self.address)
+        self.bytes = np.frombuffer(whole, np.uint8) if size else np.empty(0, np.uint8)
+
+    def array(self, operand: Operand) -> np.ndarray:
+        """The buffer as the operand lies in it."""
+        dtype = np.dtype(operand.dtype)
+        if self.size == 0:
+            return np.empty(operand.shape, dtype)
+        strides = [stride * dtype.itemsize for stride in operand.strides]
+        flat = self.bytes.view(dtype)
+        return np.lib.stride_tricks.as_strided(flat, operand.shape, strides)
+
+
+def solve(
+    problem: Problem,
+    inputs: Sequence[np.ndarray],
+    threads: int = 1,
+    at_end: bool = True,
+    offset: int = 0,
+    choose: Callable[[list[Candidate]], Candidate] = lambda found: found[0],
+) -> list[np.ndarray]:
+    """The outputs of one candidate for ``problem``, the family's favourite unless told otherwise."""
+    found = candidates(problem)
+    assert found, f"no candidate for {problem.key()}"
+    return execute(choose(found), inputs, threads, at_end, offset)
+
+
+def execute(
+    candidate: Candidate,
+    inputs: Sequence[np.ndarray],
+    threads: int = 1,
+    at_end: bool = True,
+    offset: int = 0,
+) -> list[np.ndarray]:
+    """The outputs of a candidate, run for each thread of the team in turn.
+
+    Every operand lies between guard pages; bytes of an output that its layout does not use, and
+    the inputs, must stay as they were.
+    """
+    problem = candidate.problem
+    sources = [
+        _filled(operand, array, at_end, offset)
+        for operand, array in zip(problem.inputs, inputs, strict=True)
+    ]
+    before = [buffer.bytes.copy() for buffer in sources]
+    targets = [GuardedBuffer(operand.bytes, at_end, offset) for operand in problem.outputs]
+    for buffer in targets:
+        buffer.bytes[...] = 0xA5
+    constants = [
+        np.ascontiguousarray(array) if isinstance(operand, ConstantOperand) else None
+        for operand, array in zip(problem.inputs, inputs, strict=True)
+    ]
+    packed = candidate.pack(constants)
+    assert all(array.ctypes.data % 64 == 0 for array in packed)
+    needed = candidate.scratch_bytes(threads)
+    scratch = GuardedBuffer(-(-needed // 64) * 64)
+    scratch.bytes[...] = 0xFF
+
+    def address(argument: Argument) -> int:
+        match argument:
+            case Input(index):
+                return sources[index].address
+            case Output(index):
+                return targets[index].address
+            case Packed(index):
+                return int(packed[index].ctypes.data)
+            case Scratch(start):
+                return scratch.address + start
+            case float():
+                return int(struct.unpack("<i", struct.pack("<f", argument))[0])
+            case _:
+                return argument
+
+    for step in candidate.build(threads):
+        _run(step, [address(argument) for argument in step.arguments], threads)
+    for buffer, bytes_before in zip(sources, before, strict=True):
+        np.testing.assert_array_equal(buffer.bytes, bytes_before, "an input was written to")
+    for buffer, operand in zip(targets, problem.outputs, strict=True):
+        _check_gaps(buffer, operand)
+    return [
+        buffer.array(operand).copy()
+        for buffer, operand in zip(targets, problem.outputs, strict=True)
+    ]
+
+
+def _filled(operand: Operand, array: np.ndarray, at_end: bool, offset: int) -> GuardedBuffer:
+    assert array.shape == operand.shape
+    assert array.dtype == np.dtype(operand.dtype)
+    buffer = GuardedBuffer(operand.bytes, at_end, offset)
+    buffer.array(operand)[...] = array
+    return buffer
+
+
+def _run(step: Step, block: list[int], threads: int) -> None:
+    arguments = np.array(block, np.int64)
+    entry = _ENTRY(step.entry.address)
+    team = threads if step.parallel else 1
+    for thread in reversed(range(team)):
+        entry(arguments.ctypes.data, thread, team)
+
+
+def _check_gaps(buffer: GuardedBuffer, operand: Operand) -> None:
+    used = GuardedBuffer(operand.bytes)
+    used.array(operand).view(f"V{np.dtype(operand.dtype).itemsize}")[...] = np.void(
+        b"\1" * np.dtype(operand.dtype).itemsize
+    )
+    gaps = used.bytes == 0
+    assert (buffer.bytes[gaps] == 0xA5).all(), "bytes between an output's elements were written"
