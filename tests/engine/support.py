@@ -1,0 +1,105 @@
+"""Small kernels and random programs for the tests of the engine's frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, extending, types
+
+from graphopt.kernels.registry import Entry, Input, Output, Scratch, Step
+
+SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
+
+intrinsic: Any = extending.intrinsic
+
+
+@intrinsic
+def floats(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic
+def bits(typing_context: Any, word: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.trunc(args[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+@cfunc(SIGNATURE, cache=True)
+def _affine(arguments: Any, thread: int, threads: int) -> None:
+    source, target, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
+    scale, shift = bits(arguments[3]), bits(arguments[4])
+    for i in range(count * thread // threads, count * (thread + 1) // threads):
+        target[i] = scale * source[i] + shift
+
+
+@cfunc(SIGNATURE, cache=True)
+def _add(arguments: Any, thread: int, threads: int) -> None:
+    left, right, target = floats(arguments[0]), floats(arguments[1]), floats(arguments[2])
+    count = arguments[3]
+    for i in range(count * thread // threads, count * (thread + 1) // threads):
+        target[i] = left[i] + right[i]
+
+
+@cfunc(SIGNATURE, cache=True)
+def _rotate(arguments: Any, thread: int, threads: int) -> None:
+    """target[i] = source[i + shift] + 1, cyclic: reads what other threads wrote."""
+    source, target = floats(arguments[0]), floats(arguments[1])
+    count, shift = arguments[2], arguments[3]
+    for i in range(count * thread // threads, count * (thread + 1) // threads):
+        target[i] = source[(i + shift) % count] + np.float32(1)
+
+
+@cfunc(SIGNATURE, cache=True)
+def _partial_sums(arguments: Any, thread: int, threads: int) -> None:
+    source, partial, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
+    partial[thread] = np.float32(0)
+    for i in range(count * thread // threads, count * (thread + 1) // threads):
+        partial[thread] += source[i]
+    if thread == 0:
+        partial[arguments[3]] = np.float32(threads)
+
+
+@cfunc(SIGNATURE, cache=True)
+def _total(arguments: Any, thread: int, threads: int) -> None:
+    """Every element plus the sum of all."""
+    source, partial, target = floats(arguments[0]), floats(arguments[1]), floats(arguments[2])
+    total = np.float32(0)
+    for i in range(int(partial[arguments[4]])):
+        total += partial[i]
+    for i in range(arguments[3]):
+        target[i] = source[i] + total
+
+
+def _entry(function: Any) -> Entry:
+    return Entry(function.address, function.__name__, function)
+
+
+def affine(count: int, scale: float = 1.0, shift: float = 1.0, parallel: bool = True) -> list[Step]:
+    """output = scale * input + shift."""
+    arguments = (Input(0), Output(0), count, float(scale), float(shift))
+    return [Step(_entry(_affine), arguments, parallel)]
+
+
+def add(count: int) -> list[Step]:
+    """output = input 0 + input 1."""
+    return [Step(_entry(_add), (Input(0), Input(1), Output(0), count))]
+
+
+def rotate(count: int, shift: int, parallel: bool = True) -> list[Step]:
+    """output[i] = input[(i + shift) % count] + 1."""
+    return [Step(_entry(_rotate), (Input(0), Output(0), count, shift), parallel)]
+
+
+def plus_sum(count: int, threads: int) -> tuple[list[Step], int]:
+    """output = input + sum(input), in two steps, and the bytes of scratch memory they need."""
+    return [
+        Step(_entry(_partial_sums), (Input(0), Scratch(), count, threads)),
+        Step(_entry(_total), (Input(0), Scratch(0), Output(0), count, threads), parallel=False),
+    ], 4 * (threads + 1)
