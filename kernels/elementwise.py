@@ -182,10 +182,9 @@ _lines(
         "neg": "-{0}",
         "abs": "absolute({0})",
         "square": "{0} * {0}",
-        "minimum": "minimum({0}, {1})",
-        "maximum": "maximum({0}, {1})",
     },
 )
+_lines(_ANY, {"minimum": "minimum({0}, {1})", "maximum": "maximum({0}, {1})"}, cost=2.0)
 _lines(_FLOATS, {"reciprocal": "1 / {0}", "sqrt": "sqrt({0})", "rsqrt": "1 / sqrt({0})"}, cost=8.0)
 _lines(
     _FLOATS,
