@@ -59,6 +59,8 @@ class Graph:
         self._dirty: dict[Node, None] = {}
         self._unlinked: dict[Value, None] = {}
         self._depth = 0
+        self._before: Node | None = None
+        self._added: list[Node] | None = None
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -87,6 +89,11 @@ class Graph:
         if name not in self._names:
             raise GraphError(f"the graph has no value %{name}")
         return self._names[name]
+
+    def __contains__(self, node: Node) -> bool:
+        """Whether a node is part of the graph and not erased."""
+        link = self._first if node._previous is None else node._previous._next
+        return node.graph is self and link is node
 
     def _walk(self) -> Iterator[Node]:
         node = self._first
@@ -154,7 +161,8 @@ class Graph:
             op: the operator's text name.
             args: operands in the schema's order.
             name: name of the result; by default derived from the operator.
-            before: the node before which to insert; by default at the end.
+            before: the node before which to insert; by default at the end, or where `inserting`
+                says.
             origin: where it comes from; by default the pass that runs.
             kwargs: operands by the schema's names.
 
@@ -189,9 +197,11 @@ class Graph:
                 value = self._new_value(base, per_assignment)
                 value.producer, value.index = node, index
                 node.outputs.append(value)
-            self._insert(node, before)
+            self._insert(node, before or self._before)
             self._link(node, operands)
             self._dirty[node] = None
+        if self._added is not None:
+            self._added.append(node)
         return node
 
     def set_outputs(self, outputs: Sequence[Operand]) -> None:
@@ -285,6 +295,13 @@ class Graph:
 
             self._record(undo)
 
+    def drop_unused_constants(self) -> None:
+        """Remove constants without users that the graph does not return."""
+        with self.edit():
+            for value in self.constants:
+                if not value.users and not value.is_output:
+                    self._drop_name(value)
+
     @contextmanager
     def edit(self) -> Iterator[Graph]:
         """Make several changes one: types are inferred at the end, and on any error, the
@@ -329,6 +346,17 @@ class Graph:
             yield
         finally:
             self.made_by = before
+
+    @contextmanager
+    def inserting(self, before: Node) -> Iterator[list[Node]]:
+        """Put nodes that are added meanwhile before a node; yields the list of them."""
+        outer = self._before, self._added
+        added: list[Node] = []
+        self._before, self._added = before, added
+        try:
+            yield added
+        finally:
+            self._before, self._added = outer
 
     # -- other forms -----------------------------------------------------------------------
 
