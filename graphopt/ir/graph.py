@@ -104,6 +104,30 @@ class Graph:
     def __len__(self) -> int:
         return sum(1 for _ in self._walk())
 
+    def types_under(self, sizes: Mapping[str, int]) -> dict[Value, Type]:
+        """The type of every value under an assignment of the free sizes.
+
+        Raises:
+            GraphError: a guard does not hold of the sizes, or an operator refuses them.
+        """
+        if (guard := free_sizes.violated(self.guards, sizes)) is not None:
+            raise GraphError(f"the sizes {dict(sizes)} violate the guard {guard}")
+        if dict(sizes) == self.sizes:
+            return {value: value.type for value in self._names.values()}
+        types: dict[Value, Type] = {}
+        for value in self._names.values():
+            if value.producer is None:
+                types[value] = under(value.type, value.free, sizes)
+
+        def type_of(leaf: Any) -> Any:
+            return types[leaf] if isinstance(leaf, Value) else leaf
+
+        for node in self._walk():
+            operands = {name: map_operand(o, type_of) for name, o in node.operands.items()}
+            for value, type in zip(node.outputs, infer(node.operator, operands), strict=True):
+                types[value] = type
+        return types
+
     # -- building --------------------------------------------------------------------------
 
     def add_input(self, name: str, type: Type, free: Mapping[int, str] | None = None) -> Value:
@@ -115,16 +139,7 @@ class Graph:
             free: size expression per free dimension, such as ``{0: "batch"}``.
         """
         free = dict(free or {})
-        types: list[Type] = []
-        for assignment in self.assignments:
-            if not isinstance(type, TensorType):
-                types.append(type)
-                continue
-            shape = [
-                free_sizes.evaluate(free[d], assignment) if d in free else size
-                for d, size in enumerate(type.shape)
-            ]
-            types.append(TensorType(type.dtype, tuple(shape)))
+        types = [under(type, free, assignment) for assignment in self.assignments]
         if types[0] != type:
             raise GraphError(f"input {name}: {type} does not fit the example's sizes {self.sizes}")
         with self.edit():
@@ -585,6 +600,17 @@ class Graph:
         if len({len(types) for types in per_assignment}) != 1:
             raise GraphError(f"{operator.name}: the number of results depends on a free size")
         return list(zip(*per_assignment, strict=True))
+
+
+def under(type: Type, free: Mapping[int, str], sizes: Mapping[str, int]) -> Type:
+    """The type of an input under an assignment of the free sizes."""
+    if not free or not isinstance(type, TensorType):
+        return type
+    shape = [
+        free_sizes.evaluate(free[dimension], sizes) if dimension in free else size
+        for dimension, size in enumerate(type.shape)
+    ]
+    return TensorType(type.dtype, tuple(shape))
 
 
 def _types(value: Value) -> str:
