@@ -253,6 +253,11 @@ _lines(
 )
 
 
+@_rule("fill", (1, 1), _ANY)
+def _fill(call: Call) -> str:
+    return call.vector(0)
+
+
 @_rule("add", (2, 3), _ANY)
 def _add(call: Call) -> str:
     return _scaled_sum(call, 0, 1, "+")

@@ -1,9 +1,11 @@
-"""Loop nests over several strided operands at once, reduced to as few dimensions as possible."""
+"""Loop nests over several strided operands at once, and the kernel text that walks them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from graphopt.kernels.registry import Argument
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,98 @@ def collapse(
     if not sizes:
         return Nest((1,), tuple((1,) for _ in strides))
     return Nest(tuple(sizes), tuple(tuple(known) for known in steps))
+
+
+class Arguments:
+    """A kernel's argument block: the values, and the lines that read them under their names."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.values: list[Argument] = []
+
+    def add(self, name: str, value: Argument) -> None:
+        """One more argument."""
+        self.names.append(name)
+        self.values.append(value)
+
+    def read(self) -> list[str]:
+        """Lines that put every argument into a variable."""
+        return [f"{name} = arguments[{place}]" for place, name in enumerate(self.names)]
+
+
+class Odometer:
+    """Kernel text that walks pointers through nested loops, one row after another.
+
+    ``pointers`` maps the name of each pointer to its strides in bytes, one per loop of ``sizes``.
+    A loop of its own level for each would be simpler, but could not start in the middle, where a
+    thread's share begins.
+    """
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        sizes: Sequence[int],
+        pointers: Mapping[str, Sequence[int]],
+    ) -> None:
+        self.loops = len(sizes)
+        self.pointers = pointers
+        for loop, size in enumerate(sizes):
+            arguments.add(f"n{loop}", size)
+        for pointer, strides in pointers.items():
+            for loop, stride in enumerate(strides):
+                if stride:
+                    arguments.add(f"{pointer}_s{loop}", stride)
+
+    def start(self, row: str) -> list[str]:
+        """Lines that move the pointers from the first row to number ``row``, which is spent."""
+        lines = []
+        for loop in reversed(range(self.loops)):
+            lines += [f"i{loop} = {row} % n{loop}", f"{row} //= n{loop}"]
+            lines += [f"{pointer} += i{loop} * {step}" for pointer, step in self._steps(loop)]
+        return lines
+
+    def advance(self) -> list[str]:
+        """Lines that move the pointers to the next row."""
+        return self._advance(self.loops - 1) or ["pass"]
+
+    def _advance(self, loop: int) -> list[str]:
+        if loop < 0:
+            return []
+        moves = [f"{pointer} += {step}" for pointer, step in self._steps(loop)]
+        resets = [f"{pointer} -= n{loop} * {step}" for pointer, step in self._steps(loop)]
+        overflow = [f"i{loop} = 0", *resets, *self._advance(loop - 1)]
+        return [f"i{loop} += 1", *moves, f"if i{loop} == n{loop}:", *indent(1, overflow)]
+
+    def _steps(self, loop: int) -> list[tuple[str, str]]:
+        return [
+            (pointer, f"{pointer}_s{loop}")
+            for pointer, strides in self.pointers.items()
+            if strides[loop]
+        ]
+
+
+SHARE = [
+    "task = thread * tasks // threads",
+    "stop = (thread + 1) * tasks // threads",
+]
+"""Lines that give this thread its share, ``task`` to ``stop``, of ``tasks`` equal tasks."""
+
+
+def indent(levels: int, lines: Iterable[str]) -> list[str]:
+    """Lines moved into a nested block."""
+    return ["    " * levels + line for line in lines]
+
+
+def kernel_text(arguments: Arguments, body: Iterable[str]) -> str:
+    """A kernel's module."""
+    lines = ["def kernel(arguments, thread, threads):", *indent(1, arguments.read())]
+    return _HEADER + "\n".join([*lines, *indent(1, body)]) + "\n"
+
+
+_HEADER = """import math
+
+from graphopt.kernels.elementary import *
+from graphopt.kernels.simd import *
+
+
+"""

@@ -11,12 +11,23 @@ An output may be the very memory of an input of the same shape, dtype and layout
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.kernels import source
 from graphopt.kernels.emission import Emission, cost, emit, unsupported
-from graphopt.kernels.loops import Nest, broadcast_strides, collapse
-from graphopt.kernels.problem import ITEM_BYTES, Operand, PointwiseProblem
+from graphopt.kernels.expression import Expression
+from graphopt.kernels.loops import (
+    SHARE,
+    Arguments,
+    Nest,
+    Odometer,
+    broadcast_strides,
+    collapse,
+    indent,
+    kernel_text,
+)
+from graphopt.kernels.problem import ITEM_BYTES, PointwiseProblem
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
 
 BYTES_PER_SECOND = 1.2e10
@@ -27,13 +38,6 @@ WORTH_SHARING = 3e-6
 
 _CHUNK = 64
 """Elements that a row is cut at multiples of, so that no two threads write one cache line."""
-
-_HEADER = """import math
-
-from graphopt.kernels.elementary import *
-from graphopt.kernels.simd import *
-
-"""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class PointwiseCandidate(Candidate):
         if self.problem.outputs[0].size == 0:
             return ()
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        generator = _Generator(self.problem, self.nest)
-        entry = source.build("pointwise", generator.text())
-        return (Step(entry, generator.arguments(threads if parallel else 1), parallel),)
+        inputs = [(Input(i), operand.dtype) for i, operand in enumerate(self.problem.inputs)]
+        outputs = [(Output(i), operand.dtype) for i, operand in enumerate(self.problem.outputs)]
+        loop = ElementwiseLoop(self.problem.expression, self.nest, [*inputs, *outputs])
+        entry = source.build("pointwise", loop.text())
+        return (Step(entry, loop.arguments(threads if parallel else 1), parallel),)
 
 
 @register(PointwiseProblem)
@@ -80,38 +86,45 @@ def _check(problem: PointwiseProblem) -> None:
         raise ValueError("the outputs of a pointwise problem have one shape")
 
 
-class _Generator:
-    """Kernel text and argument block, which must agree on the order of the arguments."""
+class ElementwiseLoop:
+    """The kernel that runs an expression over a nest, and its argument block.
 
-    def __init__(self, problem: PointwiseProblem, nest: Nest) -> None:
-        self.problem = problem
+    ``operands`` are the inputs, then the outputs: where each begins and its dtype.
+    """
+
+    def __init__(
+        self,
+        expression: Expression,
+        nest: Nest,
+        operands: Sequence[tuple[Argument, str]],
+        offsets: Sequence[int] | None = None,
+    ) -> None:
         self.nest = nest
-        self.operands: tuple[Operand, ...] = (*problem.inputs, *problem.outputs)
-        self.inputs = len(problem.inputs)
-        self.loops = len(nest.sizes) - 1
-        self.names: list[str] = []
-        self.values: list[Argument] = []
-        for index in range(len(self.operands)):
-            into = index - self.inputs
-            self._argument(f"p{index}", Input(index) if into < 0 else Output(into))
-        for loop in range(self.loops):
-            self._argument(f"n{loop}", nest.sizes[loop])
-        for index, operand in enumerate(self.operands):
-            width = ITEM_BYTES[operand.dtype]
-            for loop in range(self.loops):
-                self._argument(f"s{index}_{loop}", nest.strides[index][loop] * width)
+        self.inputs = len(expression.inputs)
+        self.dtypes = [dtype for _, dtype in operands]
+        self.widths = [ITEM_BYTES[dtype] for dtype in self.dtypes]
+        self.block = Arguments()
+        for index, (start, _) in enumerate(operands):
+            self.block.add(f"p{index}", start)
+        for index, offset in enumerate(offsets or ()):
+            self.block.add(f"o{index}", offset * self.widths[index])
+        self.offsets = [f"p{index} += o{index}" for index in range(len(offsets or ()))]
+        steps = [
+            [stride * width for stride in strides]
+            for strides, width in zip(nest.strides, self.widths, strict=True)
+        ]
+        for index, strides in enumerate(steps):
             if self._kind(index) == "strided":
-                self._argument(f"t{index}", nest.strides[index][-1] * width)
-        self.names += ["inner", "block", "blocks", "tasks"]
+                self.block.add(f"t{index}", strides[-1])
+        pointers = {f"p{index}": strides[:-1] for index, strides in enumerate(steps)}
+        self.odometer = Odometer(self.block, nest.sizes[:-1], pointers)
+        for name in ("inner", "block", "blocks", "tasks"):
+            self.block.add(name, 0)
         self.emission: Emission = emit(
-            problem.expression,
+            expression,
             [f"x{index}" for index in range(self.inputs)],
-            argument=len(self.names),
+            argument=len(self.block.names),
         )
-
-    def _argument(self, name: str, value: Argument) -> None:
-        self.names.append(name)
-        self.values.append(value)
 
     def _kind(self, index: int) -> str:
         """How an operand runs along the innermost loop."""
@@ -128,80 +141,55 @@ class _Generator:
             parts = threads if rows == 1 else math.ceil(4 * threads / rows)
             block = math.ceil(inner / parts / _CHUNK) * _CHUNK
         blocks = math.ceil(inner / block)
-        return (*self.values, inner, block, blocks, rows * blocks, *self.emission.immediates)
+        shares = (inner, block, blocks, rows * blocks)
+        return (*self.block.values[:-4], *shares, *self.emission.immediates)
 
     def text(self) -> str:
         """The kernel's source."""
-        lines = ["def kernel(arguments, thread, threads):"]
-        lines += _indent(1, [f"{name} = arguments[{i}]" for i, name in enumerate(self.names)])
-        lines += _indent(1, self.emission.prologue)
-        lines += _indent(1, self._start())
-        lines += _indent(1, ["while task < stop:"])
-        lines += _indent(2, self._block())
-        lines += _indent(2, ["task += 1", "part += 1", "if part == blocks:"])
-        lines += _indent(3, ["part = 0", *self._advance(self.loops - 1)])
-        return _HEADER + "\n" + "\n".join(lines) + "\n"
-
-    def _start(self) -> list[str]:
-        """Lines that find this thread's tasks and move the pointers to the first."""
-        lines = [
-            "task = thread * tasks // threads",
-            "stop = (thread + 1) * tasks // threads",
+        body = [
+            *self.emission.prologue,
+            *self.offsets,
+            *SHARE,
             "row = task // blocks",
             "part = task - row * blocks",
+            *self.odometer.start("row"),
+            "while task < stop:",
+            *indent(1, self._part()),
+            *indent(1, ["task += 1", "part += 1", "if part == blocks:", "    part = 0"]),
+            *indent(2, self.odometer.advance()),
         ]
-        for loop in reversed(range(self.loops)):
-            lines.append(f"i{loop} = row % n{loop}")
-            lines.append(f"row //= n{loop}")
-            for index in range(len(self.operands)):
-                if self.nest.strides[index][loop]:
-                    lines.append(f"p{index} += i{loop} * s{index}_{loop}")
-        return lines
+        return kernel_text(self.block, body)
 
-    def _advance(self, loop: int) -> list[str]:
-        """Lines that move the pointers to the next row: an odometer."""
-        if loop < 0:
-            return ["pass"]
-        moves = []
-        resets = []
-        for index in range(len(self.operands)):
-            if self.nest.strides[index][loop]:
-                moves.append(f"p{index} += s{index}_{loop}")
-                resets.append(f"p{index} -= n{loop} * s{index}_{loop}")
-        outer = [] if loop == 0 else self._advance(loop - 1)
-        overflow = [f"i{loop} = 0", *resets, *outer]
-        return [f"i{loop} += 1", *moves, f"if i{loop} == n{loop}:", *_indent(1, overflow)]
-
-    def _block(self) -> list[str]:
+    def _part(self) -> list[str]:
         """Lines for a part of a row: whole vectors, then the remainder under a mask."""
         lines = ["first = part * block", "count = min(inner - first, block)"]
-        for index, operand in enumerate(self.operands):
+        for index, dtype in enumerate(self.dtypes):
             kind = self._kind(index)
             if kind == "contiguous":
-                lines.append(f"q{index} = p{index} + first * {ITEM_BYTES[operand.dtype]}")
+                lines.append(f"q{index} = p{index} + first * {self.widths[index]}")
             elif kind == "strided":
                 lines.append(f"q{index} = p{index} + first * t{index}")
             else:
-                vector = operand.dtype.upper()
+                vector = dtype.upper()
                 lines.append(f"x{index} = broadcast(read(p{index}, {vector}), {vector})")
         return [
             *lines,
             "i = 0",
             "while i + LANES <= count:",
-            *_indent(1, self._vector(masked=False)),
-            *_indent(1, ["i += LANES"]),
+            *indent(1, self._vector(masked=False)),
+            *indent(1, ["i += LANES"]),
             "if i < count:",
-            *_indent(1, ["mask = mask_first(count - i, FLOAT32)"]),
-            *_indent(1, self._vector(masked=True)),
+            *indent(1, ["mask = mask_first(count - i, FLOAT32)"]),
+            *indent(1, self._vector(masked=True)),
         ]
 
     def _vector(self, masked: bool) -> list[str]:
         """Lines for one vector of elements."""
         lines = []
         mask = "mask" if masked else "mask_first(LANES, FLOAT32)"
-        for index, operand in enumerate(self.operands[: self.inputs]):
-            vector, kind = operand.dtype.upper(), self._kind(index)
-            address = f"q{index} + i * {ITEM_BYTES[operand.dtype]}"
+        for index in range(self.inputs):
+            vector, kind = self.dtypes[index].upper(), self._kind(index)
+            address = f"q{index} + i * {self.widths[index]}"
             if kind == "strided":
                 text = f"gather(q{index} + i * t{index}, t{index}, {vector}, {mask})"
             elif masked:
@@ -211,9 +199,8 @@ class _Generator:
             if kind != "broadcast":
                 lines.append(f"x{index} = {text}")
         lines += self.emission.body
-        for number, result in enumerate(self.emission.results):
-            index = self.inputs + number
-            address = f"q{index} + i * {ITEM_BYTES[self.operands[index].dtype]}"
+        for index, result in enumerate(self.emission.results, self.inputs):
+            address = f"q{index} + i * {self.widths[index]}"
             if self._kind(index) == "strided":
                 lines.append(f"scatter(q{index} + i * t{index}, t{index}, {result}, {mask})")
             elif masked:
@@ -221,7 +208,3 @@ class _Generator:
             else:
                 lines.append(f"store({address}, {result})")
         return lines
-
-
-def _indent(levels: int, lines: list[str] | tuple[str, ...]) -> list[str]:
-    return ["    " * levels + line for line in lines]

@@ -152,3 +152,64 @@ class PointwiseProblem(Problem):
     @property
     def flops(self) -> int:
         return len(self.expression.instructions) * self.outputs[0].size
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of elements that a copy moves: strides and offsets in elements.
+
+    ``source`` numbers the input that it comes from; None fills it with the problem's ``fill``.
+    Strides of 0 repeat, negative strides reverse.
+    """
+
+    source: int | None
+    shape: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    source_offset: int
+    target_strides: tuple[int, ...]
+    target_offset: int
+
+
+@dataclass(frozen=True)
+class CopyProblem(Problem):
+    """Elements moved without arithmetic: permutations, slices, concatenation, padding.
+
+    The pieces cover every element of the one output exactly once; `copy` has functions that make
+    them. All operands have one dtype.
+    """
+
+    pieces: tuple[Piece, ...]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    fill: bool | int | float = 0
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.outputs[0].bytes
+
+
+@dataclass(frozen=True)
+class ReductionProblem(Problem):
+    """One operand reduced over some of its dimensions.
+
+    ``operator`` is ``sum``, ``mean``, ``amax``, ``amin`` or ``prod``. ``prologue`` (one input, one
+    result) is applied to every element first, and ``epilogue`` to every result. The output's shape
+    has the reduced dimensions as size 1 or not at all. The reduction is done in the dtype that the
+    prologue yields, or the input's.
+    """
+
+    operator: str
+    dimensions: tuple[int, ...]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    prologue: Expression | None = None
+    epilogue: Expression | None = None
+
+    @property
+    def flops(self) -> int:
+        steps = len(self.prologue.instructions) if self.prologue else 0
+        return self.inputs[0].size * (1 + steps)

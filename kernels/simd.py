@@ -27,6 +27,20 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from graphopt.kernels.memory import (
+    gather,
+    lane_numbers,
+    load,
+    load_masked,
+    named_vector,
+    read,
+    scatter,
+    store,
+    store_masked,
+    transpose_corner,
+    transpose_tile,
+    write,
+)
 from graphopt.kernels.register import (
     BOOL,
     FEATURES,
@@ -41,7 +55,6 @@ from graphopt.kernels.register import (
     VECTORS,
     Register,
     Vector,
-    call,
     operation,
     scalar_bits,
     splat,
@@ -91,6 +104,8 @@ __all__ = [
     "sqrt",
     "store",
     "store_masked",
+    "transpose_corner",
+    "transpose_tile",
     "truncate",
     "write",
 ]
@@ -171,194 +186,13 @@ def nearest(a: Register) -> Register:
     return a.llvm("llvm.rint")
 
 
-# Memory ---------------------------------------------------------------------------------------
-
-
-def _vector(kind: types.Type) -> Vector | None:
-    """The vector that a kernel named, or None."""
-    named = getattr(kind, "instance_type", None)
-    return named if isinstance(named, Vector) else None
-
-
-def _in_memory(vector: Vector) -> ir.VectorType:
-    return ir.VectorType(ir.IntType(8), vector.lanes) if vector.bits == 1 else vector.llvm
-
-
-def _pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Value:
-    return builder.inttoptr(address, pointee.as_pointer())
-
-
-def _from_memory(builder: ir.IRBuilder, vector: Vector, value: ir.Value) -> ir.Value:
-    if vector.bits == 1:
-        return builder.icmp_unsigned("!=", value, ir.Constant(value.type, None))
-    return value
-
-
-def _to_memory(builder: ir.IRBuilder, vector: Vector, value: ir.Value) -> ir.Value:
-    return builder.zext(value, _in_memory(vector)) if vector.bits == 1 else value
-
-
-def _masked_suffix(vector: Vector) -> str:
-    bits = max(vector.bits, 8)
-    return f"v{vector.lanes}{'f' if vector.floating else 'i'}{bits}"
-
-
-def _alignment(vector: Vector) -> ir.Constant:
-    return ir.Constant(ir.IntType(32), max(vector.bits // 8, 1))
-
-
-@intrinsic
-def load(typing: Any, address: Any, vector: Any) -> Any:
-    """The vector at ``address``: ``load(address, FLOAT32)``."""
-    kind = _vector(vector)
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind)
-        value = builder.load(_pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
-        return _from_memory(builder, kind, value)
-
-    return kind(types.int64, vector), generate
-
-
-@intrinsic
-def load_masked(typing: Any, address: Any, vector: Any, mask: Any) -> Any:
-    """The vector at ``address``; lanes outside ``mask`` are not read and are zero."""
-    kind = _vector(vector)
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind)
-        name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
-        zero = ir.Constant(memory, None)
-        pointer = _pointer(builder, values[0], memory)
-        value = call(builder, name, memory, [pointer, _alignment(kind), values[2], zero])
-        return _from_memory(builder, kind, value)
-
-    return kind(types.int64, vector, mask), generate
-
-
-@intrinsic
-def store(typing: Any, address: Any, value: Any) -> Any:
-    """Store a vector at ``address``."""
-    if not isinstance(value, Vector):
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored = _to_memory(builder, value, values[1])
-        pointer = _pointer(builder, values[0], stored.type)
-        builder.store(stored, pointer, align=max(value.bits // 8, 1))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value), generate
-
-
-@intrinsic
-def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
-    """Store the lanes of a vector that are in ``mask``; the other bytes are not touched."""
-    if not isinstance(value, Vector):
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored = _to_memory(builder, value, values[1])
-        name = f"llvm.masked.store.{_masked_suffix(value)}.p0"
-        pointer = _pointer(builder, values[0], stored.type)
-        call(builder, name, ir.VoidType(), [stored, pointer, _alignment(value), values[2]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value, mask), generate
-
-
-def _lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:
-    vector = Vector(types.int64, lanes)
-    return Register(builder, vector, ir.Constant(vector.llvm, list(range(lanes))))
-
-
-def _lane_pointers(builder: Any, vector: Vector, address: ir.Value, stride: ir.Value) -> ir.Value:
-    lanes = _lane_numbers(builder, vector.lanes)
-    addresses = splat(builder, lanes.type, address) + lanes * splat(builder, lanes.type, stride)
-    pointer = _in_memory(vector).element.as_pointer()
-    return builder.inttoptr(addresses.value, ir.VectorType(pointer, vector.lanes))
-
-
-@intrinsic
-def gather(typing: Any, address: Any, stride: Any, vector: Any, mask: Any) -> Any:
-    """Lane i is read at ``address + i * stride`` (bytes) if in ``mask``, else zero."""
-    kind = _vector(vector)
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind)
-        pointers = _lane_pointers(builder, kind, values[0], values[1])
-        name = f"llvm.masked.gather.{_masked_suffix(kind)}.v{kind.lanes}p0"
-        zero = ir.Constant(memory, None)
-        value = call(builder, name, memory, [pointers, _alignment(kind), values[3], zero])
-        return _from_memory(builder, kind, value)
-
-    return kind(types.int64, types.int64, vector, mask), generate
-
-
-@intrinsic
-def scatter(typing: Any, address: Any, stride: Any, value: Any, mask: Any) -> Any:
-    """Lane i is written at ``address + i * stride`` (bytes) if in ``mask``."""
-    if not isinstance(value, Vector):
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored = _to_memory(builder, value, values[2])
-        pointers = _lane_pointers(builder, value, values[0], values[1])
-        name = f"llvm.masked.scatter.{_masked_suffix(value)}.v{value.lanes}p0"
-        call(builder, name, ir.VoidType(), [stored, pointers, _alignment(value), values[3]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, value, mask), generate
-
-
-@intrinsic
-def read(typing: Any, address: Any, element: Any) -> Any:
-    """The scalar at ``address``: ``read(address, FLOAT32)`` is a float32."""
-    kind = _vector(element)
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind).element
-        value = builder.load(_pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
-        if kind.bits > 1:
-            return value
-        return builder.icmp_unsigned("!=", value, ir.Constant(memory, 0))
-
-    return kind.element(types.int64, element), generate
-
-
-@intrinsic
-def write(typing: Any, address: Any, value: Any, element: Any) -> Any:
-    """Store the scalar ``value``, converted: ``write(address, 1.5, FLOAT32)``."""
-    kind = _vector(element)
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind).element
-        bits = scalar_bits(context, builder, kind, values[1], sig.args[1])
-        if kind.bits == 1:
-            bits = builder.zext(bits, memory)
-        builder.store(bits, _pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value, element), generate
-
-
 # Making, converting and combining vectors ------------------------------------------------------
 
 
 @intrinsic
 def broadcast(typing: Any, scalar: Any, vector: Any) -> Any:
     """A number in every lane: ``broadcast(0.0, FLOAT32)``."""
-    kind = _vector(vector)
+    kind = named_vector(vector)
     if kind is None:
         return None
 
@@ -372,12 +206,12 @@ def broadcast(typing: Any, scalar: Any, vector: Any) -> Any:
 @intrinsic
 def mask_first(typing: Any, count: Any, vector: Any) -> Any:
     """The mask of the first ``count`` lanes; none for a negative count, at most all."""
-    kind = _vector(vector)
+    kind = named_vector(vector)
     if kind is None:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        lanes = _lane_numbers(builder, kind.lanes)
+        lanes = lane_numbers(builder, kind.lanes)
         return (lanes < splat(builder, lanes.type, values[0])).value
 
     return kind.of(types.boolean)(types.int64, vector), generate
@@ -386,7 +220,7 @@ def mask_first(typing: Any, count: Any, vector: Any) -> Any:
 @intrinsic
 def convert(typing: Any, value: Any, vector: Any) -> Any:
     """Each element converted to another type; floating to integer truncates and saturates."""
-    kind = _vector(vector)
+    kind = named_vector(vector)
     if kind is None or not isinstance(value, Vector) or kind.lanes != value.lanes:
         return None
 

@@ -26,7 +26,7 @@ from graphopt.kernels.registry import Entry
 
 SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 
-_HELPERS = ("register.py", "simd.py", "elementary.py")
+_HELPERS = ("register.py", "memory.py", "simd.py", "elementary.py")
 """The modules whose content becomes part of every kernel."""
 
 _entries: dict[str, Entry] = {}

@@ -1,0 +1,279 @@
+"""Moving vectors between registers and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from graphopt.kernels.register import Register, Vector, call, scalar_bits, splat
+
+
+def named_vector(kind: types.Type) -> Vector | None:
+    """The vector that a kernel named as an argument, or None."""
+    named = getattr(kind, "instance_type", None)
+    return named if isinstance(named, Vector) else None
+
+
+def _in_memory(vector: Vector) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(8), vector.lanes) if vector.bits == 1 else vector.llvm
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+def _from_memory(builder: ir.IRBuilder, vector: Vector, value: ir.Value) -> ir.Value:
+    if vector.bits == 1:
+        return builder.icmp_unsigned("!=", value, ir.Constant(value.type, None))
+    return value
+
+
+def _to_memory(builder: ir.IRBuilder, vector: Vector, value: ir.Value) -> ir.Value:
+    return builder.zext(value, _in_memory(vector)) if vector.bits == 1 else value
+
+
+def _masked_suffix(vector: Vector) -> str:
+    bits = max(vector.bits, 8)
+    return f"v{vector.lanes}{'f' if vector.floating else 'i'}{bits}"
+
+
+def _alignment(vector: Vector) -> ir.Constant:
+    return ir.Constant(ir.IntType(32), max(vector.bits // 8, 1))
+
+
+@intrinsic
+def load(typing: Any, address: Any, vector: Any) -> Any:
+    """The vector at ``address``: ``load(address, FLOAT32)``."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        memory = _in_memory(kind)
+        value = builder.load(_pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
+        return _from_memory(builder, kind, value)
+
+    return kind(types.int64, vector), generate
+
+
+@intrinsic
+def load_masked(typing: Any, address: Any, vector: Any, mask: Any) -> Any:
+    """The vector at ``address``; lanes outside ``mask`` are not read and are zero."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        memory = _in_memory(kind)
+        name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
+        zero = ir.Constant(memory, None)
+        pointer = _pointer(builder, values[0], memory)
+        value = call(builder, name, memory, [pointer, _alignment(kind), values[2], zero])
+        return _from_memory(builder, kind, value)
+
+    return kind(types.int64, vector, mask), generate
+
+
+@intrinsic
+def store(typing: Any, address: Any, value: Any) -> Any:
+    """Store a vector at ``address``."""
+    if not isinstance(value, Vector):
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        stored = _to_memory(builder, value, values[1])
+        pointer = _pointer(builder, values[0], stored.type)
+        builder.store(stored, pointer, align=max(value.bits // 8, 1))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), generate
+
+
+@intrinsic
+def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
+    """Store the lanes of a vector that are in ``mask``; the other bytes are not touched."""
+    if not isinstance(value, Vector):
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        stored = _to_memory(builder, value, values[1])
+        name = f"llvm.masked.store.{_masked_suffix(value)}.p0"
+        pointer = _pointer(builder, values[0], stored.type)
+        call(builder, name, ir.VoidType(), [stored, pointer, _alignment(value), values[2]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, mask), generate
+
+
+def lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:
+    """An int64 vector 0, 1, 2, ..."""
+    vector = Vector(types.int64, lanes)
+    return Register(builder, vector, ir.Constant(vector.llvm, list(range(lanes))))
+
+
+def _lane_pointers(builder: Any, vector: Vector, address: ir.Value, stride: ir.Value) -> ir.Value:
+    lanes = lane_numbers(builder, vector.lanes)
+    addresses = splat(builder, lanes.type, address) + lanes * splat(builder, lanes.type, stride)
+    pointer = _in_memory(vector).element.as_pointer()
+    return builder.inttoptr(addresses.value, ir.VectorType(pointer, vector.lanes))
+
+
+@intrinsic
+def gather(typing: Any, address: Any, stride: Any, vector: Any, mask: Any) -> Any:
+    """Lane i is read at ``address + i * stride`` (bytes) if in ``mask``, else zero."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        memory = _in_memory(kind)
+        pointers = _lane_pointers(builder, kind, values[0], values[1])
+        name = f"llvm.masked.gather.{_masked_suffix(kind)}.v{kind.lanes}p0"
+        zero = ir.Constant(memory, None)
+        value = call(builder, name, memory, [pointers, _alignment(kind), values[3], zero])
+        return _from_memory(builder, kind, value)
+
+    return kind(types.int64, types.int64, vector, mask), generate
+
+
+@intrinsic
+def scatter(typing: Any, address: Any, stride: Any, value: Any, mask: Any) -> Any:
+    """Lane i is written at ``address + i * stride`` (bytes) if in ``mask``."""
+    if not isinstance(value, Vector):
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        stored = _to_memory(builder, value, values[2])
+        pointers = _lane_pointers(builder, value, values[0], values[1])
+        name = f"llvm.masked.scatter.{_masked_suffix(value)}.v{value.lanes}p0"
+        call(builder, name, ir.VoidType(), [stored, pointers, _alignment(value), values[3]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, value, mask), generate
+
+
+@intrinsic
+def read(typing: Any, address: Any, element: Any) -> Any:
+    """The scalar at ``address``: ``read(address, FLOAT32)`` is a float32."""
+    kind = named_vector(element)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        memory = _in_memory(kind).element
+        value = builder.load(_pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
+        if kind.bits > 1:
+            return value
+        return builder.icmp_unsigned("!=", value, ir.Constant(memory, 0))
+
+    return kind.element(types.int64, element), generate
+
+
+@intrinsic
+def write(typing: Any, address: Any, value: Any, element: Any) -> Any:
+    """Store the scalar ``value``, converted: ``write(address, 1.5, FLOAT32)``."""
+    kind = named_vector(element)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        memory = _in_memory(kind).element
+        bits = scalar_bits(context, builder, kind, values[1], sig.args[1])
+        if kind.bits == 1:
+            bits = builder.zext(bits, memory)
+        builder.store(bits, _pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, element), generate
+
+
+def _transposed(rows: list[Register]) -> list[Register]:
+    """Rows of a square as its columns: blocks of 1, 2, 4, ... lanes change sides."""
+    count = len(rows)
+    step = 1
+    while step < count:
+        low = [lane if not lane & step else count + lane - step for lane in range(count)]
+        high = [lane + step if not lane & step else count + lane for lane in range(count)]
+        for first in (index for index in range(count) if not index & step):
+            a, b = rows[first], rows[first + step]
+            rows[first], rows[first + step] = a.shuffle(low, b), a.shuffle(high, b)
+        step *= 2
+    return rows
+
+
+@intrinsic
+def transpose_tile(
+    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, vector: Any
+) -> Any:
+    """Transpose a square of as many rows as ``vector`` has lanes; rows are so many bytes apart."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        alignment = max(kind.bits // 8, 1)
+        rows = []
+        for pointer in _row_pointers(builder, kind, values[0], values[1]):
+            rows.append(Register(builder, kind, builder.load(pointer, align=alignment)))
+        pointers = _row_pointers(builder, kind, values[2], values[3])
+        for pointer, row in zip(pointers, _transposed(rows), strict=True):
+            builder.store(row.value, pointer, align=alignment)
+        return context.get_dummy_value()
+
+    addresses = (types.int64,) * 4
+    return types.void(*addresses, vector), generate
+
+
+@intrinsic
+def transpose_corner(
+    typing: Any,
+    source: Any,
+    source_row: Any,
+    target: Any,
+    target_row: Any,
+    rows: Any,
+    columns: Any,
+    vector: Any,
+) -> Any:
+    """`transpose_tile` of the first ``rows`` by ``columns`` elements of the source's square."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        height, width = values[4], values[5]
+        inside = lane_numbers(builder, kind.lanes)
+        across = inside < splat(builder, inside.type, width)
+        down = inside < splat(builder, inside.type, height)
+        suffix, zero = _masked_suffix(kind), ir.Constant(kind.llvm, None)
+        squares = []
+        for number, pointer in enumerate(_row_pointers(builder, kind, values[0], values[1])):
+            mask = _if_row(builder, across, number, height)
+            arguments = [pointer, _alignment(kind), mask, zero]
+            value = call(builder, f"llvm.masked.load.{suffix}.p0", kind.llvm, arguments)
+            squares.append(Register(builder, kind, value))
+        pointers = _row_pointers(builder, kind, values[2], values[3])
+        for number, (pointer, row) in enumerate(zip(pointers, _transposed(squares), strict=True)):
+            mask = _if_row(builder, down, number, width)
+            arguments = [row.value, pointer, _alignment(kind), mask]
+            call(builder, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    addresses = (types.int64,) * 6
+    return types.void(*addresses, vector), generate
+
+
+def _row_pointers(builder: Any, kind: Vector, start: ir.Value, row: ir.Value) -> list[ir.Value]:
+    addresses = [start]
+    for _ in range(kind.lanes - 1):
+        addresses.append(builder.add(addresses[-1], row))
+    return [_pointer(builder, address, kind.llvm) for address in addresses]
+
+
+def _if_row(builder: Any, mask: Register, number: int, rows: ir.Value) -> ir.Value:
+    """The mask for a row, empty if the row is beyond the last."""
+    inside = builder.icmp_signed("<", ir.Constant(ir.IntType(64), number), rows)
+    return builder.select(inside, mask.value, ir.Constant(mask.type.llvm, None))
