@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from graphopt.kernels.problem import ConstantOperand, Operand, Problem
 from graphopt.kernels.registry import (
     Argument,
@@ -62,7 +63,7 @@ def solve(
     offset: int = 0,
     choose: Callable[[list[Candidate]], Candidate] = lambda found: found[0],
 ) -> list[np.ndarray]:
-    """The outputs of one candidate for ``problem``, the family's favourite unless told otherwise."""
+    """The outputs of one candidate for ``problem``, the first unless told otherwise."""
     found = candidates(problem)
     assert found, f"no candidate for {problem.key()}"
     return execute(choose(found), inputs, threads, at_end, offset)

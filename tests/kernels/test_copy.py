@@ -7,13 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import solve
+
 from graphopt.kernels import copy
 from graphopt.kernels.problem import ITEM_BYTES, CopyProblem, Layout, Operand, Piece
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
-from hypothesis import given
-from hypothesis import strategies as st
-from support import solve
 
 SETTINGS = [(1, True, 0), (2, False, 8), (3, True, 24)]
 
@@ -37,7 +38,7 @@ def test_transposition(dtype: str, shape: tuple[int, int]) -> None:
     check(copy.permute(Operand.plain(dtype, shape), (1, 0)), [x], x.T)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_every_permutation(order: tuple[int, ...]) -> None:
     x = numbered((3, 5, LANES + 2, 7), "float32")
     check(copy.permute(Operand.plain("float32", x.shape), order), [x], x.transpose(order))
