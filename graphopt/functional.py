@@ -1,4 +1,4 @@
-"""In-place operators of a traced fx graph become their functional forms where nobody sees the write.
+"""In-place operators of a traced fx graph become functional where nobody sees the write.
 
 A write is unseen if the written tensor was computed in the graph and no other tensor that may share
 its memory is read afterwards. Where that cannot be shown, the graph has to be functionalised by
@@ -46,6 +46,21 @@ def functional_form(target: Any) -> torch._ops.OpOverload | None:
         return None
     same = len(form._schema.arguments) == len(target._schema.arguments)
     return form if same and not form._schema.is_mutable else None
+
+
+def name_dropout_alias(graph: fx.Graph) -> None:
+    """Outside training a dropout returns its operand itself, so that who writes to one writes to
+    the other; torch's functionalisation takes the result for a copy."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _DROPOUTS and node.args[2] is False:
+            node.target, node.args = torch.ops.aten.alias.default, node.args[:1]
+
+
+_DROPOUTS = {
+    getattr(torch.ops.aten, name + suffix).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for suffix in ("", "_")
+}
 
 
 def make_functional(graph: fx.Graph) -> bool:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt import exported
 from graphopt.errors import GraphError, TraceError
-from graphopt.functional import make_functional
+from graphopt.functional import make_functional, name_dropout_alias
 from graphopt.ir import TENSOR, Graph, Interface
 from graphopt.ir import sizes as free_sizes
 
@@ -255,6 +255,7 @@ def _run_export(
         program = torch.export.export(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
+        name_dropout_alias(program.graph)
         if _has_wrappers(program) or not make_functional(program.graph):
             program = program.run_decompositions({})
     exported.check_signature(program)
@@ -405,6 +406,7 @@ def _trace_operators(model: nn.Module, arguments: Arguments) -> Graph:
             state, arguments.tensors
         )
     body = module.graph
+    name_dropout_alias(body)
     if not make_functional(body):
         raise TraceError(
             f"{type(model).__name__} writes in place to a tensor that is also read elsewhere, and "

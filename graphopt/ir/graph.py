@@ -441,10 +441,13 @@ class Graph:
         self._journal.append(undo)
 
     def _new_value(self, base: str, types: tuple[Type, ...]) -> Value:
+        # A name is not given twice, even if its first bearer is gone: names of one graph and of
+        # its clones can be compared.
         name = base
-        while name in self._names:
+        while name in self._names or name in self._counters:
             self._counters[base] = count = self._counters.get(base, 0) + 1
             name = f"{base}_{count}"
+        self._counters.setdefault(name, 0)
         value = self._names[name] = Value(self, name, types)
         self._record(lambda: self._names.pop(name))
         return value

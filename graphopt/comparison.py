@@ -1,0 +1,137 @@
+"""Where, and by how much, an optimized graph departs from its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from graphopt import reference
+from graphopt.ir import Graph, Node
+
+RELATIVE_BOUND = 1e-3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a tensor is from what it should be.
+
+    Attributes:
+        name: the value, or the output's place.
+        module: the module of the source network that computes it.
+        largest: largest absolute difference.
+        relative: that, as a fraction of the largest expected magnitude.
+        sqnr: signal to quantization-noise ratio in decibels; infinite where they are equal.
+    """
+
+    name: str
+    module: str
+    largest: float
+    relative: float
+    sqnr: float
+
+    @staticmethod
+    def between(
+        name: str, module: str, expected: torch.Tensor, actual: torch.Tensor
+    ) -> Difference:
+        if expected.numel() == 0:
+            return Difference(name, module, 0.0, 0.0, math.inf)
+        expected, actual = expected.to(torch.float64), actual.to(torch.float64)
+        same = (expected == actual) | (expected.isnan() & actual.isnan())
+        noise = torch.where(same, 0.0, (expected - actual).abs())
+        finite = expected.isfinite()
+        largest = noise.max().item()
+        scale = expected[finite].abs().max().item() if finite.any() else 0.0
+        signal, error = expected[finite].square().sum().item(), noise.square().sum().item()
+        ratio = math.inf if error == 0 else 10 * math.log10(max(signal / error, 1e-300))
+        relative = largest / scale if scale else (0.0 if largest == 0 else math.inf)
+        return Difference(name, module, largest, relative, ratio)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `OptimizedModel.compare` finds; prints as a table.
+
+    Attributes:
+        outputs: the engine's results against the source model's.
+        layers: values that both graphs have, in order: the optimized graph against the source's.
+        bound: relative difference above which two layers have parted.
+    """
+
+    outputs: tuple[Difference, ...]
+    layers: tuple[Difference, ...]
+    bound: float = RELATIVE_BOUND
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """The first layer whose relative difference is above the bound."""
+        return next((d for d in self.layers if not d.relative <= self.bound), None)
+
+    def __str__(self) -> str:
+        table = Table(title="optimized against source", title_justify="left")
+        for column in ("value", "module"):
+            table.add_column(column)
+        for column in ("largest error", "relative", "SQNR [dB]"):
+            table.add_column(column, justify="right")
+        first = self.first_difference
+        for difference in (*self.outputs, *([first] if first else [])):
+            mark = " (first to part)" if difference is first else ""
+            table.add_row(
+                difference.name + mark,
+                difference.module,
+                f"{difference.largest:.3g}",
+                f"{difference.relative:.3g}",
+                f"{difference.sqnr:.1f}",
+            )
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get().rstrip()
+
+
+def compare(
+    source: Graph,
+    optimized: Graph,
+    inputs: Sequence[Any],
+    expected: Sequence[Any],
+    actual: Sequence[Any],
+) -> Comparison:
+    """Compare results, and the graphs' values of equal name, shape and dtype.
+
+    Args:
+        source: the graph before the passes.
+        optimized: the graph after them.
+        inputs: tensors for both.
+        expected: the source model's flat results.
+        actual: the optimized model's flat results.
+    """
+    outputs = [
+        Difference.between(f"output {position}", "", e, a)
+        for position, (e, a) in enumerate(zip(expected, actual, strict=True))
+        if isinstance(e, torch.Tensor)
+    ]
+    known: dict[str, torch.Tensor] = {}
+
+    def remember(node: Node, results: list[Any]) -> None:
+        for value, result in zip(node.outputs, results, strict=True):
+            if isinstance(result, torch.Tensor):
+                known[value.name] = result
+
+    layers: list[Difference] = []
+
+    def contrast(node: Node, results: list[Any]) -> None:
+        for value, result in zip(node.outputs, results, strict=True):
+            other = known.pop(value.name, None)
+            if other is None or not isinstance(result, torch.Tensor):
+                continue
+            if other.shape == result.shape and other.dtype == result.dtype:
+                layers.append(Difference.between(value.name, node.origin.module, other, result))
+
+    reference.run(source, inputs, observe=remember)
+    reference.run(optimized, inputs, observe=contrast)
+    return Comparison(tuple(outputs), tuple(layers))
