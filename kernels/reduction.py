@@ -2,7 +2,8 @@
 
 Where the reduced elements of one result lie side by side, vectors run along them and are combined
 at the end; where results lie side by side, each lane makes its own. Long sums are summed in
-segments, so that the rounding error grows with their number rather than with the elements'.
+segments, and the sums of these with compensation (T. J. Dekker's and D. E. Knuth's error-free sum),
+so that the rounding error does not grow with the number of elements.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ class _Kernel:
         self.reduced = reduced
         self.operator = problem.operator
         self.read_dtype, self.dtype = problem.inputs[0].dtype, _accumulated(problem)
+        self.compensated = problem.operator in ("sum", "mean") and self.dtype in FLOATING
         self.width = ITEM_BYTES[self.read_dtype]
         self.write_width = ITEM_BYTES[problem.outputs[0].dtype]
         self.pattern, self.collect = _COMBINE[problem.operator]
@@ -144,7 +146,6 @@ class _Kernel:
         for loop, (size, stride) in enumerate(zip(reduced.sizes, reduced.strides[0], strict=True)):
             self.block.add(f"m{loop}", size)
             self.block.add(f"step{loop}", stride * self.width)
-        self.block.add("segment", self.segment(reduced.inner))
         self.block.add("divisor", math.prod(reduced.sizes))
         self.tasks = self.schedule(kept)
         self.block.add("tasks", self.tasks)
@@ -157,11 +158,6 @@ class _Kernel:
     @staticmethod
     def _emit(part: Expression | None, dtype: str, name: str, place: int, prefix: str) -> Emission:
         return emit(part or Expression((dtype,), (), (Ref(0),)), [name], place, prefix)
-
-    @staticmethod
-    def segment(trips: int) -> int:
-        """Terms of the inner loop that are summed apart: as many as there will be such sums."""
-        return max(math.isqrt(trips), 64)
 
     def schedule(self, kept: Nest) -> int:
         """Add the arguments of the loops over results; the number of tasks."""
@@ -180,6 +176,28 @@ class _Kernel:
 
     def combine(self, into: str, other: str) -> str:
         return f"{into} = {self.pattern.format(into, other)}"
+
+    def start(self, total: str) -> list[str]:
+        """Lines that begin a total of segments."""
+        return [f"{total} = identity", *([f"{total}_lost = identity"] if self.compensated else [])]
+
+    def add_segment(self, total: str, segment: str) -> list[str]:
+        """Lines that combine a segment into a total."""
+        if not self.compensated:
+            return [self.combine(total, segment)]
+        return [
+            f"sum = {total} + {segment}",
+            f"added = sum - {total}",
+            f"{total}_lost += ({total} - (sum - added)) + ({segment} - added)",
+            f"{total} = sum",
+        ]
+
+    def end(self, total: str) -> list[str]:
+        """Lines after the last segment."""
+        if not self.compensated:
+            return []
+        # What an infinite total lost is not a number.
+        return [f"{total} = select(absolute({total}) < math.inf, {total} + {total}_lost, {total})"]
 
     def element(self, into: str, address: str, masked: bool = False) -> list[str]:
         """Lines that combine one vector of the operand into an accumulator."""
@@ -208,12 +226,6 @@ class _Kernel:
 class _Along(_Kernel):
     """The last reduced dimension is contiguous; a task is one result."""
 
-    @staticmethod
-    def segment(trips: int) -> int:
-        """The same, but every lane of every accumulator sums for itself."""
-        terms = _Kernel.segment(math.ceil(trips / (_UNROLLED * LANES)))
-        return terms * _UNROLLED * LANES
-
     def schedule(self, kept: Nest) -> int:
         widths = (self.width, self.write_width)
         walked = {
@@ -227,9 +239,10 @@ class _Along(_Kernel):
         vector = self.dtype.upper()
         last = len(self.reduced.sizes) - 1
         one = [
-            "total = identity",
+            *self.start("total"),
             "a0 = p",
             *self.outer(lambda pointer: self._row(pointer, f"m{last}")),
+            *self.end("total"),
             *self.finish(f"broadcast({self.collect}(total), {vector})"),
             f"store_masked(q, {self.epilogue.results[0]}, mask_first(1, FLOAT32))",
             "task += 1",
@@ -252,7 +265,7 @@ class _Along(_Kernel):
         for number in range(_UNROLLED):
             unrolled += self.element(f"c{number}", address(number))
         segment = [
-            f"limit = min(i + segment, {count})",
+            f"limit = min(i + 128 * LANES, {count})",
             *(f"c{number} = identity" for number in range(_UNROLLED)),
             f"while i + {_UNROLLED} * LANES <= limit:",
             *indent(1, [*unrolled, f"i += {_UNROLLED} * LANES"]),
@@ -262,7 +275,7 @@ class _Along(_Kernel):
             "    mask = mask_first(limit - i, FLOAT32)",
             *indent(1, [*self.element("c1", address(0), masked=True), "i = limit"]),
             *(self.combine("c0", f"c{number}") for number in range(1, _UNROLLED)),
-            self.combine("total", "c0"),
+            *self.add_segment("total", "c0"),
         ]
         return ["i = 0", f"while i < {count}:", *indent(1, segment)]
 
@@ -309,11 +322,12 @@ class _Across(_Kernel):
     def _columns(self, vectors: int, masked: bool) -> list[str]:
         """Lines that make ``vectors`` vectors of results from column ``first`` on."""
         lines = [f"a0 = p + first * {self.width}"]
-        lines += [f"t{number} = identity" for number in range(vectors)]
+        for number in range(vectors):
+            lines += self.start(f"t{number}")
         lines += self.outer(lambda pointer: self._segments(pointer, vectors, masked))
         for number in range(vectors):
             address = f"q + (first + {number} * LANES) * {self.write_width}"
-            lines += self.finish(f"t{number}")
+            lines += [*self.end(f"t{number}"), *self.finish(f"t{number}")]
             result = self.epilogue.results[0]
             store = f"store_masked({address}, {result}, mask)"
             lines.append(store if masked else f"store({address}, {result})")
@@ -326,10 +340,10 @@ class _Across(_Kernel):
             address = f"{pointer} + {number} * LANES * {self.width}"
             step += self.element(f"c{number}", address, masked)
         segment = [
-            f"limit = min(i + segment, m{last})",
+            f"limit = min(i + 64, m{last})",
             *(f"c{number} = identity" for number in range(vectors)),
             "while i < limit:",
             *indent(1, [*step, f"{pointer} += step{last}", "i += 1"]),
-            *(self.combine(f"t{number}", f"c{number}") for number in range(vectors)),
+            *(line for n in range(vectors) for line in self.add_segment(f"t{n}", f"c{n}")),
         ]
         return ["i = 0", f"while i < m{last}:", *indent(1, segment)]
