@@ -1,0 +1,149 @@
+"""Random graphs, the inputs that go with them, and the check that a change kept their numbers.
+
+A graph is built from a `Recipe`: a list of steps, each a name and some bytes that decide its
+choices. Steps that find nothing to work on are skipped, so every recipe gives a graph, and a
+recipe shrinks by losing steps and by smaller bytes, which mean simpler choices.
+`benchmarks/random_graphs.py` runs as many as one likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from graph_builder import Choices
+from hypothesis import strategies as st
+from random_patterns import PATTERNS
+from random_steps import STEPS, declare_outputs, start
+
+from graphopt import reference
+from graphopt.ir import Graph, Value
+
+LONGEST_RECIPE = 14
+BYTES_PER_STEP = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a random graph is made from; equal recipes give equal graphs."""
+
+    start: bytes
+    steps: tuple[tuple[str, bytes], ...]
+    end: bytes
+
+
+@dataclass
+class Case:
+    """A verified graph with inputs for each of its assignments of the free sizes."""
+
+    recipe: Recipe
+    graph: Graph
+    inputs: tuple[list[torch.Tensor], ...]
+
+    def __repr__(self) -> str:
+        return f"{self.recipe}\n{self.graph}"
+
+
+EVERY_STEP = {**STEPS, **PATTERNS}
+
+
+def build(recipe: Recipe) -> Case:
+    """The graph of a recipe, verified."""
+    builder = start(Choices(recipe.start))
+    for name, data in recipe.steps:
+        builder.run(EVERY_STEP[name], data)
+    builder.choices = Choices(recipe.end)
+    declare_outputs(builder)
+    builder.graph.verify()
+    return Case(recipe, builder.graph, builder.inputs)
+
+
+def recipes(names: Sequence[str] = ()) -> st.SearchStrategy[Recipe]:
+    """Recipes of all steps, or of those that are named.
+
+    Whole patterns, such as a convolution before a batch norm, are as frequent as single
+    operators.
+    """
+    decisions = st.binary(min_size=BYTES_PER_STEP, max_size=BYTES_PER_STEP)
+    kinds = (
+        st.sampled_from(list(names))
+        if names
+        else st.one_of(st.sampled_from(list(STEPS)), st.sampled_from(list(PATTERNS)))
+    )
+    steps = st.lists(st.tuples(kinds, decisions), min_size=2, max_size=LONGEST_RECIPE)
+    return st.builds(Recipe, decisions, steps.map(tuple), decisions)
+
+
+def cases(names: Sequence[str] = ()) -> st.SearchStrategy[Case]:
+    """Verified graphs with inputs; see `recipes`."""
+    return recipes(names).map(build)
+
+
+# -- the check ------------------------------------------------------------------------------
+
+
+def check(
+    before: Graph,
+    after: Graph,
+    inputs: Sequence[Sequence[torch.Tensor]],
+    *,
+    tolerance: float = 1e-9,
+    bitwise: bool = False,
+) -> None:
+    """Raises AssertionError unless two graphs compute the same.
+
+    Dtypes and shapes must be equal under every assignment of the free sizes; values must agree
+    in float64, relative to the largest of each output, and the float32 execution of the changed
+    graph must come close to that.
+
+    Args:
+        before: the graph as it was.
+        after: the graph as it has become.
+        inputs: one list of tensors per assignment of the free sizes.
+        tolerance: largest difference relative to the output's largest value (or to 1).
+        bitwise: every bit must agree, the signs of zeros included.
+    """
+    assert [v.types for v in after.inputs] == [v.types for v in before.inputs]
+    assert len(after.outputs) == len(before.outputs)
+    for old, new in zip(before.outputs, after.outputs, strict=True):
+        old_types = old.types if isinstance(old, Value) else old
+        new_types = new.types if isinstance(new, Value) else new
+        assert new_types == old_types, f"an output was {old_types} and is {new_types}"
+    for tensors in inputs:
+        expected = reference.run(before, tensors, dtype=torch.float64)
+        exact = reference.run(after, tensors, dtype=torch.float64)
+        single = reference.run(after, tensors)
+        plain = reference.run(before, tensors)
+        for position, wanted in enumerate(expected):
+            where = f"output {position} for {[tuple(t.shape) for t in tensors]}"
+            if not isinstance(wanted, torch.Tensor):
+                assert exact[position] == single[position] == wanted, where
+                continue
+            assert (single[position].dtype, single[position].shape) == (
+                plain[position].dtype,
+                plain[position].shape,
+            ), where
+            _assert_close(exact[position], wanted, tolerance, where)
+            _assert_close(single[position].to(wanted.dtype), wanted, 1e-2, where + " in float32")
+            if bitwise:
+                _assert_bitwise(exact[position], wanted, where)
+                _assert_bitwise(single[position], plain[position], where + " in float32")
+
+
+def _assert_close(result: torch.Tensor, wanted: torch.Tensor, tolerance: float, where: str) -> None:
+    assert result.shape == wanted.shape, f"{where}: {result.shape} instead of {wanted.shape}"
+    if not wanted.is_floating_point():
+        assert torch.equal(result, wanted), where
+        return
+    scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+    torch.testing.assert_close(
+        result, wanted, rtol=0, atol=tolerance * scale, msg=lambda m: f"{where}: {m}"
+    )
+
+
+def _assert_bitwise(result: torch.Tensor, wanted: torch.Tensor, where: str) -> None:
+    same = torch.equal(result.nan_to_num(), wanted.nan_to_num())
+    assert same, f"{where}: bits differ"
+    if wanted.is_floating_point():
+        assert torch.equal(result.signbit(), wanted.signbit()), f"{where}: signs of zeros differ"

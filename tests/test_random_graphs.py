@@ -1,0 +1,111 @@
+"""Random graphs through the reference, the torch form, every pass and the engine."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from graph_builder import Choices
+from hypothesis import given, settings
+from random_graphs import EVERY_STEP, Case, Recipe, build, cases, check, recipes
+from random_steps import STEPS, start
+
+from graphopt import reference
+from graphopt.ir import Graph, TensorType, Value
+
+
+@settings(max_examples=50)
+@given(recipes())
+def test_equal_recipes_give_equal_graphs(recipe):
+    one, other = build(recipe), build(recipe)
+    assert one.graph.to_text() == other.graph.to_text()
+    check(one.graph, other.graph, one.inputs, bitwise=True)
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_inferred_types_are_those_of_the_results(case: Case):
+    graph = case.graph
+    for k, tensors in enumerate(case.inputs):
+
+        def compare(node, results, k=k):
+            for value, result in zip(node.outputs, results, strict=True):
+                if isinstance(result, torch.Tensor):
+                    assert value.types[k] == TensorType.of(result), node
+                else:
+                    assert value.types[k].value == result, node
+
+        reference.run(graph, tensors, observe=compare)
+
+
+@settings(max_examples=50)
+@given(cases())
+def test_the_torch_form_computes_the_same(case: Case):
+    module = case.graph.to_torch()
+    for tensors in case.inputs:
+        expected = reference.run(case.graph, tensors)
+        for result, wanted in zip(module(*tensors), expected, strict=True):
+            if isinstance(wanted, torch.Tensor):
+                torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+            else:
+                assert result == wanted
+
+
+@settings(max_examples=50)
+@given(cases())
+def test_clones_compute_the_same(case: Case):
+    twin = case.graph.clone()
+    twin.verify()
+    assert twin.to_text() == case.graph.to_text()
+    check(case.graph, twin, case.inputs, bitwise=True)
+
+
+def _scaled(op: str, operand: float) -> Graph:
+    graph = Graph()
+    x = graph.add_input("x", TensorType(torch.float32, (2, 3)))
+    graph.set_outputs([graph.add(op, x, operand)])
+    return graph
+
+
+def test_the_check_notices_small_differences_and_lost_signs():
+    inputs = [[torch.tensor([[-0.0, 1.0, 2.0], [3.0, -1.0, 0.5]])]]
+    graph = _scaled("aten.mul.Tensor", 1.0)
+    check(graph, _scaled("aten.div.Tensor", 1.0), inputs, bitwise=True)
+    check(graph, _scaled("aten.add.Tensor", 0.0), inputs)
+    with pytest.raises(AssertionError, match="signs of zeros"):
+        check(graph, _scaled("aten.add.Tensor", 0.0), inputs, bitwise=True)
+    with pytest.raises(AssertionError, match="output 0"):
+        check(graph, _scaled("aten.mul.Tensor", 1.000001), inputs)
+    with pytest.raises(AssertionError, match="an output was"):
+        check(graph, _scaled("aten.gt.Scalar", 1.0), inputs)
+
+
+def test_outputs_of_every_kind_occur():
+    kinds = set()
+    for byte in range(0, 256, 4):
+        end = bytes([(byte * (k + 3) + 37 * k) % 256 for k in range(16)])
+        steps = (("with_scalar", bytes([byte] * 16)), ("from_size", bytes([byte, 0, 3] * 5)))
+        graph = build(Recipe(bytes([byte] * 16), steps, end)).graph
+        for output in graph.outputs:
+            if not isinstance(output, Value):
+                kinds.add("literal")
+            elif output.producer is None:
+                kinds.add("constant" if output.is_constant else "input")
+            else:
+                kinds.add("tensor" if output.is_tensor else "size")
+    assert kinds == {"literal", "input", "constant", "tensor", "size"}
+
+
+def test_most_steps_apply():
+    """Every step finds something to work on in at least a tenth of the graphs."""
+    randomness = random.Random(0)
+    for name in EVERY_STEP:
+        applied = 0
+        for _ in range(20):
+            if applied == 2:
+                break
+            builder = start(Choices(randomness.randbytes(16)))
+            builder.run(STEPS["linear"], randomness.randbytes(16))
+            applied += builder.run(EVERY_STEP[name], randomness.randbytes(16))
+        assert applied >= 2, name
