@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ _MEMO_LIMIT = 200_000
 
 _memo: dict[Any, tuple[tuple[Type, ...], bool]] = {}
 _lock = threading.RLock()
+_torch_log = logging.getLogger("torch._subclasses.fake_tensor")
 _fake_mode: FakeTensorMode | None = None
 
 
@@ -85,6 +87,8 @@ def _run(operator: Operator, operands: Mapping[str, Any]) -> tuple[tuple[Type, .
             return fakes[-1]
         return leaf.value if isinstance(leaf, ScalarType) else leaf
 
+    # A refusal is an answer here; torch logs each with a traceback.
+    silent, _torch_log.disabled = _torch_log.disabled, True
     try:
         with torch.no_grad(), _fake_mode:
             values = {name: map_operand(operand, to_fake) for name, operand in operands.items()}
@@ -98,6 +102,8 @@ def _run(operator: Operator, operands: Mapping[str, Any]) -> tuple[tuple[Type, .
         described = ", ".join(f"{n}={_describe(o)}" for n, o in operands.items())
         reason = str(error).strip().split("\n")[0]
         raise GraphError(f"{operator.name}({described}) is not valid: {reason}") from error
+    finally:
+        _torch_log.disabled = silent
     storages = {fake.untyped_storage()._cdata for fake in fakes}
     tensors = [r for r in results if isinstance(r, torch.Tensor)]
     aliases = any(tensor.untyped_storage()._cdata in storages for tensor in tensors)
