@@ -44,10 +44,12 @@ def test_inferred_types_are_those_of_the_results(case: Case):
 def test_the_torch_form_computes_the_same(case: Case):
     module = case.graph.to_torch()
     for tensors in case.inputs:
+        with torch.no_grad():
+            results = module(*tensors)
         expected = reference.run(case.graph, tensors)
-        for result, wanted in zip(module(*tensors), expected, strict=True):
+        for result, wanted in zip(results, expected, strict=True):
             if isinstance(wanted, torch.Tensor):
-                torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+                torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
             else:
                 assert result == wanted
 
