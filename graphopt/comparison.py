@@ -36,9 +36,7 @@ class Difference:
     sqnr: float
 
     @staticmethod
-    def between(
-        name: str, module: str, expected: torch.Tensor, actual: torch.Tensor
-    ) -> Difference:
+    def between(name: str, module: str, expected: torch.Tensor, actual: torch.Tensor) -> Difference:
         if expected.numel() == 0:
             return Difference(name, module, 0.0, 0.0, math.inf)
         expected, actual = expected.to(torch.float64), actual.to(torch.float64)

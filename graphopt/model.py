@@ -92,9 +92,7 @@ class OptimizedModel(nn.Module):
         self._dynamic = dynamic
         self.threads = threads or default_threads()
         self._traces: list[Traced] = []
-        self._parameters_of_call = (
-            () if source is None else tracing.positional_parameters(source)
-        )
+        self._parameters_of_call = () if source is None else tracing.positional_parameters(source)
         self._lock = threading.RLock()
         self._direct: dict[tuple[torch.Size, torch.dtype], Callable[..., Any]] = {}
 
@@ -364,5 +362,3 @@ def _check_device(tensors: Sequence[torch.Tensor]) -> None:
                 f"an optimized model runs on the CPU, got a tensor on {tensor.device}; call it "
                 "with x.cpu()"
             )
-
-

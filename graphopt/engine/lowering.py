@@ -1,0 +1,279 @@
+"""Lowering: the nodes of a graph become problems for kernels, fused where that saves memory.
+
+Every node first becomes a unit of its own: a view, a kernel's problem, elementwise instructions, or
+a step of torch. Then elementwise units join the unit that computes one of their operands: as the
+epilogue of a layer, or as one more instruction of a fused loop. A union is legal where the graph of
+units stays acyclic.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from graphopt.engine.layer_rules import LAYERS, Layer
+from graphopt.engine.pointwise_rules import Draft, assemble, instructions
+from graphopt.engine.view_rules import lower_copy, lower_view
+from graphopt.engine.work import KernelWork, Scope, Work, call_back
+from graphopt.ir import Graph, Node, Type, Value
+from graphopt.kernels.expression import Expression
+from graphopt.kernels.problem import PointwiseProblem, Problem
+from graphopt.kernels.registry import candidates
+
+MAXIMUM_INSTRUCTIONS = 32
+MAXIMUM_OPERANDS = 12
+
+
+@dataclass(eq=False)
+class Unit:
+    """Nodes that are computed together.
+
+    Attributes:
+        nodes: in topological order.
+        works: what a unit that is complete consists of.
+        layer: the layer whose epilogue the drafts are.
+        drafts: elementwise instructions, with the values that they yield.
+    """
+
+    nodes: list[Node]
+    works: list[Work] = field(default_factory=list)
+    layer: Layer | None = None
+    drafts: list[tuple[Value | str, Draft]] = field(default_factory=list)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.layer is None and bool(self.drafts)
+
+    @property
+    def result(self) -> Value:
+        """The value that the last instruction, or the layer, yields."""
+        for value, _ in reversed(self.drafts):
+            if isinstance(value, Value):
+                return value
+        assert self.layer is not None
+        return self.layer.output
+
+
+def lower(graph: Graph, types: Mapping[Value, Type]) -> list[Work]:
+    """What has to be done to compute a graph, in order.
+
+    Args:
+        graph: what is to be computed.
+        types: the type of every value under one assignment of the free sizes.
+    """
+    scope = Scope(graph, dict(types))
+    units = _fuse(scope, _units(scope))
+    works: list[Work] = []
+    for unit in _ordered(units):
+        works += _finish(scope, unit)
+    return works
+
+
+def _units(scope: Scope) -> list[Unit]:
+    units = []
+    for node in scope.graph.nodes:
+        if node.operator.is_size_arithmetic or not any(map(scope.is_tensor, node.outputs)):
+            continue
+        units.append(_unit(scope, node))
+    return units
+
+
+def _unit(scope: Scope, node: Node) -> Unit:
+    works = lower_view(scope, node) or lower_copy(scope, node)
+    if works is not None:
+        return Unit([node], works)
+    rule = LAYERS.get(node.op)
+    layer = rule(scope, node) if rule is not None else None
+    if layer is not None and _solvable(layer.problem(None, [])):
+        return Unit([node], layer=layer)
+    drafts = instructions(scope, node)
+    if drafts is not None:
+        return Unit([node], drafts=drafts)
+    return Unit([node], [call_back(scope, node)])
+
+
+def _solvable(problem: Problem | None) -> bool:
+    return problem is not None and bool(candidates(problem))
+
+
+# -- fusion --------------------------------------------------------------------------------------
+
+
+class _Fusion:
+    """Which unit every node belongs to, while units are joined."""
+
+    def __init__(self, scope: Scope, units: Iterable[Unit]) -> None:
+        self.scope = scope
+        self.units = list(units)
+        self.home = {node: unit for unit in self.units for node in unit.nodes}
+        self.outputs = {output for output in scope.graph.outputs if isinstance(output, Value)}
+
+    def of(self, value: Value) -> Unit | None:
+        return self.home.get(value.producer) if value.producer is not None else None
+
+    def join(self, unit: Unit, into: Unit) -> None:
+        into.nodes = sorted([*into.nodes, *unit.nodes], key=lambda node: node._key)
+        order = {node: place for place, node in enumerate(into.nodes)}
+        drafts = [*into.drafts, *unit.drafts]
+        into.drafts = sorted(drafts, key=lambda named: order[_node_of(named[0], into)])
+        for node in unit.nodes:
+            self.home[node] = into
+        self.units.remove(unit)
+
+    def is_private(self, value: Value, user: Unit) -> bool:
+        """Whether nobody but a unit needs a value."""
+        return value not in self.outputs and all(
+            self.home.get(node) is user for node in value.users
+        )
+
+    def reaches(self, target: Unit, start: Iterable[Value], without: Unit) -> bool:
+        """Whether any of the values depends on a unit, other than directly through `without`."""
+        horizon = min(node._key for node in target.nodes)
+        seen: set[Unit] = set()
+        stack = [unit for value in start if (unit := self.of(value)) is not None]
+        while stack:
+            unit = stack.pop()
+            if unit is target:
+                return True
+            if unit in seen or unit is without:
+                continue
+            seen.add(unit)
+            if max(node._key for node in unit.nodes) < horizon:
+                continue
+            for node in unit.nodes:
+                stack += [u for v in node.input_values() if (u := self.of(v)) is not None]
+        return False
+
+
+def _node_of(name: Value | str, unit: Unit) -> Node:
+    if isinstance(name, Value):
+        assert name.producer is not None
+        return name.producer
+    base = name.rpartition(".")[0]
+    return next(node for node in unit.nodes if node.name == base)
+
+
+def _fuse(scope: Scope, units: list[Unit]) -> list[Unit]:
+    fusion = _Fusion(scope, units)
+    for unit in units:
+        if unit.is_pointwise and len(unit.nodes) == 1:
+            _join_layer(fusion, unit) or _join_pointwise(fusion, unit)
+    return fusion.units
+
+
+def _join_layer(fusion: _Fusion, unit: Unit) -> bool:
+    """Make an elementwise unit the epilogue of the layer that computes one of its operands."""
+    scope, node = fusion.scope, unit.nodes[0]
+    for value in dict.fromkeys(node.input_values()):
+        home = fusion.of(value)
+        if home is None or home.layer is None or not home.layer.takes_epilogue:
+            continue
+        if value is not home.result or not fusion.is_private(value, unit):
+            continue
+        if scope.shape(node.output) != scope.shape(value):
+            continue
+        others = [v for v in node.input_values() if v is not value and scope.is_tensor(v)]
+        if fusion.reaches(home, others, without=home):
+            continue
+        drafts = [*home.drafts, *unit.drafts]
+        expression, extra = assemble(scope, drafts, [node.output], (home.layer.output,))
+        problem = home.layer.problem(expression, extra[1:])
+        if not _solvable(problem):
+            continue
+        fusion.join(unit, home)
+        return True
+    return False
+
+
+def _join_pointwise(fusion: _Fusion, unit: Unit) -> bool:
+    """Make an elementwise unit part of the loops that compute its operands."""
+    scope, node = fusion.scope, unit.nodes[0]
+    joined = False
+    for value in dict.fromkeys(node.input_values()):
+        current, home = fusion.home[node], fusion.of(value)
+        if home is None or home is current or not home.is_pointwise:
+            continue
+        if scope.shape(home.result) != scope.shape(node.output):
+            continue
+        inputs = [v for member in current.nodes for v in member.input_values()]
+        outside = [v for v in inputs if fusion.of(v) is not home]
+        back = [v for member in home.nodes for v in member.input_values()]
+        if fusion.reaches(home, outside, without=home) or fusion.reaches(current, back, current):
+            continue
+        if not _fits(fusion, home, current):
+            continue
+        fusion.join(current, home)
+        joined = True
+    return joined
+
+
+def _fits(fusion: _Fusion, a: Unit, b: Unit) -> bool:
+    drafts = [*a.drafts, *b.drafts]
+    values = {v for _, (_, operands, _) in drafts for v in operands if isinstance(v, Value)}
+    return len(drafts) <= MAXIMUM_INSTRUCTIONS and len(values) <= MAXIMUM_OPERANDS
+
+
+# -- finishing -----------------------------------------------------------------------------------
+
+
+def _finish(scope: Scope, unit: Unit) -> list[Work]:
+    if unit.layer is not None:
+        return [_finish_layer(scope, unit, unit.layer)]
+    if not unit.drafts:
+        return unit.works
+    inside = set(unit.nodes)
+    returned = {output for output in scope.graph.outputs if isinstance(output, Value)}
+    results: list[Value | str] = [
+        value
+        for node in unit.nodes
+        for value in node.outputs
+        if value in returned or any(user not in inside for user in value.users)
+    ]
+    if not results:
+        return []
+    expression, inputs = assemble(scope, unit.drafts, results)
+    values = tuple(value for value in results if isinstance(value, Value))
+    problem = PointwiseProblem(
+        expression,
+        tuple(scope.operand(value) for value in inputs),
+        tuple(scope.operand(value) for value in values),
+    )
+    return [KernelWork(problem, tuple(inputs), values, tuple(unit.nodes))]
+
+
+def _finish_layer(scope: Scope, unit: Unit, layer: Layer) -> KernelWork:
+    expression: Expression | None = None
+    extra: list[Value] = []
+    if unit.drafts:
+        expression, inputs = assemble(scope, unit.drafts, [unit.result], (layer.output,))
+        extra = inputs[1:]
+    problem = layer.problem(expression, extra)
+    assert problem is not None
+    return KernelWork(problem, (*layer.inputs, *extra), (unit.result,), tuple(unit.nodes))
+
+
+def _ordered(units: list[Unit]) -> list[Unit]:
+    """Units in an order in which everything is computed before it is used."""
+    home = {node: unit for unit in units for node in unit.nodes}
+    waiting: dict[Unit, set[Unit]] = {}
+    for unit in units:
+        sources = (v.producer for node in unit.nodes for v in node.input_values())
+        waiting[unit] = {home[p] for p in sources if p in home and home[p] is not unit}
+    followers: dict[Unit, list[Unit]] = {unit: [] for unit in units}
+    for unit, needs in waiting.items():
+        for need in needs:
+            followers[need].append(unit)
+    ready = [(unit.nodes[0]._key, k, unit) for k, unit in enumerate(units) if not waiting[unit]]
+    numbers = {unit: k for k, unit in enumerate(units)}
+    heapq.heapify(ready)
+    ordered = []
+    while ready:
+        _, _, unit = heapq.heappop(ready)
+        ordered.append(unit)
+        for follower in followers[unit]:
+            waiting[follower].discard(unit)
+            if not waiting[follower]:
+                heapq.heappush(ready, (follower.nodes[0]._key, numbers[follower], follower))
+    assert len(ordered) == len(units), "units depend on one another in a circle"
+    return ordered

@@ -1,0 +1,224 @@
+"""A graph under given sizes becomes a plan: a program, and what it consists of."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graphopt.engine import selection as selecting
+from graphopt.engine.builder import ProgramBuilder
+from graphopt.engine.lowering import lower
+from graphopt.engine.program import Program
+from graphopt.engine.selection import Selection
+from graphopt.engine.work import AliasWork, CallBackWork, KernelWork, Work
+from graphopt.errors import Error
+from graphopt.ir import Graph, Node, ScalarType, TensorType, Value
+from graphopt.kernels.registry import Candidate
+
+ALONE_BELOW = 40e-6
+"""Seconds of work under which waking another thread costs more than it brings."""
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """A step of a plan.
+
+    Attributes:
+        kernel: name of the kernel, or ``torch: <operator>`` for a call-back.
+        nodes: the nodes that it computes.
+        is_call_back: whether torch does it.
+    """
+
+    kernel: str
+    nodes: tuple[Node, ...]
+    is_call_back: bool
+
+
+class Plan:
+    """A graph ready to run under one assignment of its free sizes.
+
+    Attributes:
+        run: takes the graph's inputs as tensors, returns the outputs that are computed.
+        sizes: the assignment.
+        steps: kernels and call-backs in order.
+        is_computed: for each output of the graph, whether ``run`` returns it; the others are
+            literals.
+        packed: constants as kernels want them, by kernel and constants.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        program: Program,
+        sizes: Mapping[str, int],
+        steps: Sequence[PlanStep],
+        packed: dict[tuple[object, ...], list[np.ndarray]],
+    ) -> None:
+        self.graph = graph
+        self.run = program
+        self.sizes = dict(sizes)
+        self.steps = tuple(steps)
+        self.packed = packed
+        self.is_computed = tuple(isinstance(output, Value) for output in graph.outputs)
+
+    @property
+    def call_backs(self) -> tuple[PlanStep, ...]:
+        """The steps that torch does."""
+        return tuple(step for step in self.steps if step.is_call_back)
+
+    def profile(self, repeats: int = 5) -> list[tuple[PlanStep, float]]:
+        """Every step with its median time in seconds, on random inputs."""
+        measured = self.run.profile(random_inputs(self.run), repeats)
+        if len(measured) != len(self.steps):
+            raise Error("the profile of a program has other steps than its plan")
+        return [(step, t) for step, (_, t) in zip(self.steps, measured, strict=True)]
+
+
+def random_inputs(program: Program) -> list[torch.Tensor]:
+    """Inputs of the right shapes and dtypes; integers are 0, which every table of indices has."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(spec.shape, generator=generator).to(spec.dtype)
+        if spec.dtype.is_floating_point
+        else torch.zeros(spec.shape, dtype=spec.dtype)
+        for spec in program.inputs
+    ]
+
+
+def compile_graph(
+    graph: Graph,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    threads: int,
+    selection: Selection | None = None,
+    like: Plan | None = None,
+) -> Plan:
+    """Choose kernels for a graph, lay out its memory and write its program.
+
+    Args:
+        graph: what is to be computed.
+        sizes: the free sizes; by default the example's.
+        threads: size of the team.
+        selection: how kernels are chosen; by default measured.
+        like: another plan of the same graph, whose packed constants are shared.
+
+    Raises:
+        GraphError: the sizes violate a guard.
+        SelectionError: no kernel solves a problem.
+    """
+    sizes = graph.sizes if sizes is None else sizes
+    types = graph.types_under(sizes)
+    works = lower(graph, types)
+    writer = _Writer(graph, threads, selection or Selection.default(), like)
+    for value in graph.inputs:
+        kind = types[value]
+        assert isinstance(kind, TensorType)
+        writer.builder.add_input(value, kind.shape, kind.dtype)
+    for value in graph.constants:
+        if any(value in _read(work) for work in works) or value.is_output:
+            assert value.constant is not None
+            writer.builder.add_constant(value, value.constant)
+    for work in works:
+        for value in _made(work):
+            kind = types[value]
+            assert isinstance(kind, TensorType)
+            writer.declare(work, value, kind)
+        writer.add(work)
+    for output in graph.outputs:
+        if isinstance(output, Value):
+            kind = types[output]
+            if isinstance(kind, ScalarType):
+                raise Error(f"the graph returns the number %{output.name}")
+            writer.builder.add_output(output)
+    selecting.save()
+    program = writer.builder.build(threads, alone_below=ALONE_BELOW)
+    return Plan(graph, program, sizes, writer.steps, writer.packed)
+
+
+def _read(work: Work) -> tuple[Value, ...]:
+    return (work.of,) if isinstance(work, AliasWork) else work.inputs
+
+
+def _made(work: Work) -> tuple[Value, ...]:
+    return (work.value,) if isinstance(work, AliasWork) else work.outputs
+
+
+class _Writer:
+    """Adds works to a program."""
+
+    def __init__(self, graph: Graph, threads: int, selection: Selection, like: Plan | None) -> None:
+        self.graph = graph
+        self.threads = threads
+        self.selection = selection
+        self.builder = ProgramBuilder()
+        self.steps: list[PlanStep] = []
+        self.packed: dict[tuple[object, ...], list[np.ndarray]] = {}
+        self.known = like.packed if like is not None else {}
+
+    def declare(self, work: Work, value: Value, kind: TensorType) -> None:
+        if isinstance(work, AliasWork):
+            self.builder.add_alias(value, work.of, kind.shape, kind.dtype, work.offset)
+        else:
+            self.builder.add_buffer(value, kind.shape, kind.dtype)
+
+    def add(self, work: Work) -> None:
+        if isinstance(work, KernelWork):
+            self._add_kernel(work)
+        elif isinstance(work, CallBackWork):
+            label = f"torch: {work.node.op}"
+            self.builder.add_call_back(work.function, work.inputs, work.outputs, label=label)
+            self.steps.append(PlanStep(label, (work.node,), True))
+
+    def _add_kernel(self, work: KernelWork) -> None:
+        if not any(operand.size for operand in work.problem.outputs):
+            for value in work.outputs:
+                assert value.producer is not None
+            return
+        arrays = [_array(value) for value in work.inputs]
+        chosen = selecting.choose(work.problem, arrays, self.threads, self.selection)
+        self.builder.add_kernel(
+            chosen.build(self.threads),
+            work.inputs,
+            work.outputs,
+            packed=self._pack(chosen, work, arrays),
+            scratch_bytes=chosen.scratch_bytes(self.threads),
+            label=chosen.kernel,
+            estimate=chosen.estimate,
+        )
+        self.steps.append(PlanStep(chosen.kernel, work.nodes, False))
+
+    def _pack(
+        self, chosen: Candidate, work: KernelWork, arrays: Sequence[np.ndarray | None]
+    ) -> list[np.ndarray]:
+        constants = tuple(value.name for value in work.inputs if value.is_constant)
+        arrays = chosen.pack(arrays)
+        key = (chosen.kernel, constants, tuple(node.name for node in work.nodes))
+        shared = self.known.get(key, [])
+        if len(shared) == len(arrays) and all(map(np.array_equal, shared, arrays)):
+            arrays = shared
+        self.packed[key] = arrays
+        return arrays
+
+
+def _array(value: Value) -> np.ndarray | None:
+    if value.constant is None:
+        return None
+    array: np.ndarray = value.constant.detach().contiguous().numpy()
+    return array
+
+
+def time_graph(graph: Graph, *, threads: int, repeats: int = 20) -> float:
+    """Median time in seconds of a graph under the example's sizes, on random inputs."""
+    plan = compile_graph(graph, threads=threads)
+    inputs = random_inputs(plan.run)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        plan.run(*inputs)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

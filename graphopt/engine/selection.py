@@ -1,0 +1,206 @@
+"""Which kernel solves a problem: ranked by the families' estimates, chosen by measured time.
+
+Measured times are remembered on disk, so that the choice for one machine and one set of versions
+is made once, and a result is reproducible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import llvmlite
+import numba
+import numpy as np
+import torch
+from numba.core.registry import cpu_target
+
+from graphopt.engine.builder import ProgramBuilder
+from graphopt.engine.program import Program
+from graphopt.errors import SelectionError
+from graphopt.kernels import cache
+from graphopt.kernels.problem import ConstantOperand, Operand, Problem
+from graphopt.kernels.registry import Candidate, candidates
+
+TIMED_CANDIDATES = 4
+CLEARLY_WORSE = 3.0
+SECONDS_PER_CANDIDATE = 4e-3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How kernels are chosen.
+
+    Attributes:
+        measure: time the best candidates; otherwise the families' estimates decide, which needs
+            no time and is the same everywhere.
+    """
+
+    measure: bool = True
+
+    @staticmethod
+    def default() -> Selection:
+        """Measured, unless the environment says ``GRAPHOPT_SELECTION=estimate``.
+
+        Raises:
+            SelectionError: the variable has another value.
+        """
+        asked = os.environ.get("GRAPHOPT_SELECTION", "measure")
+        if asked not in ("measure", "estimate"):
+            raise SelectionError(
+                f"GRAPHOPT_SELECTION is '{asked}'; it may be 'measure' or 'estimate'"
+            )
+        return Selection(measure=asked == "measure")
+
+
+def choose(
+    problem: Problem,
+    constants: Sequence[np.ndarray | None],
+    threads: int,
+    selection: Selection,
+) -> Candidate:
+    """The kernel for a problem.
+
+    Args:
+        problem: what is to be solved.
+        constants: the array of each input that is constant, None for the others.
+        threads: size of the team.
+        selection: how to choose.
+
+    Raises:
+        SelectionError: no kernel solves the problem.
+    """
+    found = candidates(problem)
+    if not found:
+        raise SelectionError(f"no kernel solves {problem.key()}")
+    if len(found) == 1 or not selection.measure:
+        return found[0]
+    best = found[0].estimate * CLEARLY_WORSE
+    timed = [candidate for candidate in found[:TIMED_CANDIDATES] if candidate.estimate <= best]
+    times = {c.kernel: _time(c, constants, threads) for c in timed}
+    return min(timed, key=lambda candidate: times[candidate.kernel])
+
+
+def _time(candidate: Candidate, constants: Sequence[np.ndarray | None], threads: int) -> float:
+    key = _key(candidate, threads)
+    with _lock:
+        known = _table().get(key)
+    if known is not None:
+        return known
+    seconds = measure(candidate, constants, threads)
+    with _lock:
+        _table()[key] = seconds
+        _unsaved[key] = seconds
+    return seconds
+
+
+def measure(candidate: Candidate, constants: Sequence[np.ndarray | None], threads: int) -> float:
+    """Least time of one run in seconds, with random inputs and the real constants."""
+    program, inputs = single_kernel(candidate, constants, threads)
+    program(*inputs)
+    best, spent = float("inf"), 0.0
+    while spent < SECONDS_PER_CANDIDATE:
+        start = time.perf_counter()
+        program(*inputs)
+        elapsed = time.perf_counter() - start
+        best, spent = min(best, elapsed), spent + elapsed
+    return best
+
+
+def single_kernel(
+    candidate: Candidate, constants: Sequence[np.ndarray | None], threads: int
+) -> tuple[Program, list[torch.Tensor]]:
+    """A program of one kernel, and random inputs for it."""
+    problem, builder = candidate.problem, ProgramBuilder()
+    generator = torch.Generator().manual_seed(0)
+    inputs, keys = [], []
+    for place, operand in enumerate(problem.inputs):
+        keys.append(("input", place))
+        constant = constants[place] if place < len(constants) else None
+        if isinstance(operand, ConstantOperand) and constant is not None:
+            builder.add_constant(keys[-1], constant)
+            continue
+        sample = _sample(operand, generator)
+        builder.add_input(keys[-1], sample.shape, sample.dtype)
+        inputs.append(sample)
+    outputs = [("output", place) for place in range(len(problem.outputs))]
+    for key, operand in zip(outputs, problem.outputs, strict=True):
+        builder.add_buffer(key, operand.shape, getattr(torch, operand.dtype))
+    builder.add_kernel(
+        candidate.build(threads),
+        keys,
+        outputs,
+        packed=candidate.pack(constants),
+        scratch_bytes=candidate.scratch_bytes(threads),
+        label=candidate.kernel,
+        estimate=candidate.estimate,
+    )
+    for key in outputs:
+        builder.add_output(key)
+    return builder.build(threads), inputs
+
+
+def _sample(operand: Operand, generator: torch.Generator) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, operand.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(operand.shape, dtype=dtype, generator=generator)
+    return torch.randint(0, 2, operand.shape, generator=generator).to(dtype)
+
+
+# -- the table on disk ---------------------------------------------------------------------------
+
+_lock = threading.RLock()
+_times: dict[str, float] | None = None
+_unsaved: dict[str, float] = {}
+
+
+def _key(candidate: Candidate, threads: int) -> str:
+    text = "\0".join((candidate.kernel, candidate.problem.key(), str(threads)))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _file() -> str:
+    versions = (numba.__version__, llvmlite.__version__)
+    machine = cpu_target.target_context.codegen().magic_tuple()
+    digest = hashlib.sha256(repr((versions, machine)).encode()).hexdigest()[:16]
+    return f"times-{digest}.json"
+
+
+def _table() -> dict[str, float]:
+    global _times
+    if _times is None:
+        _times = _read()
+    return _times
+
+
+def _read() -> dict[str, float]:
+    try:
+        stored = json.loads(cache.path("selection", _file()).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return {str(key): float(value) for key, value in stored.items()}
+
+
+def save() -> None:
+    """Write the times measured since the last call to disk."""
+    with _lock:
+        if not _unsaved:
+            return
+        merged = {**_read(), **_unsaved}
+        _unsaved.clear()
+        with contextlib.suppress(OSError):  # a full disk costs only the next process's time
+            cache.write(cache.path("selection", _file()), json.dumps(merged).encode())
+
+
+def forget() -> None:
+    """Drop what this process remembers; the file on disk is read again."""
+    global _times
+    with _lock:
+        _times = None
+        _unsaved.clear()

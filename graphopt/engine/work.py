@@ -1,0 +1,149 @@
+"""What a graph becomes before it is a program: kernels' problems, views, and torch's own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphopt.errors import GraphError
+from graphopt.ir import Graph, Node, ScalarType, TensorType, Type, Value
+from graphopt.ir.inference import flatten_results, map_operand, may_alias
+from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, Operand, Problem
+
+
+@dataclass(frozen=True)
+class KernelWork:
+    """A problem for a kernel.
+
+    Attributes:
+        problem: what is to be solved.
+        inputs: the value that each of the problem's inputs is.
+        outputs: the value that each of its outputs is.
+        nodes: the nodes that it covers, the one that names it first.
+    """
+
+    problem: Problem
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class AliasWork:
+    """A value that is another name for (part of) another's memory.
+
+    Attributes:
+        value: the view.
+        of: whose memory it is.
+        offset: where it starts, in bytes.
+        node: the node that makes it.
+    """
+
+    value: Value
+    of: Value
+    offset: int
+    node: Node
+
+
+@dataclass(frozen=True)
+class CallBackWork:
+    """A node that torch computes."""
+
+    node: Node
+    function: Callable[..., Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+Work = KernelWork | AliasWork | CallBackWork
+
+
+class Scope:
+    """A graph under one assignment of its free sizes, as the lowering rules see it."""
+
+    def __init__(self, graph: Graph, types: dict[Value, Type]) -> None:
+        self.graph = graph
+        self.types = types
+
+    def literal(self, operand: Any) -> Any:
+        """An operand with the sizes in it as numbers.
+
+        Raises:
+            GraphError: it is a tensor.
+        """
+
+        def number(leaf: Any) -> Any:
+            if not isinstance(leaf, Value):
+                return leaf
+            kind = self.types[leaf]
+            if isinstance(kind, ScalarType):
+                return kind.value
+            raise GraphError(f"%{leaf.name} is a tensor where a number is expected")
+
+        return map_operand(operand, number)
+
+    def tensor_type(self, value: Value) -> TensorType:
+        kind = self.types[value]
+        if not isinstance(kind, TensorType):
+            raise GraphError(f"%{value.name} is a number where a tensor is expected")
+        return kind
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return self.tensor_type(value).shape
+
+    def is_tensor(self, operand: Any) -> bool:
+        return isinstance(operand, Value) and isinstance(self.types[operand], TensorType)
+
+    def has_kernels(self, *values: Value) -> bool:
+        """Whether kernels know the dtypes of all values."""
+        return all(dtype_name(self.tensor_type(value).dtype) in ITEM_BYTES for value in values)
+
+    def all_float32(self, *values: Value | None) -> bool:
+        return all(
+            value is None or self.tensor_type(value).dtype == torch.float32 for value in values
+        )
+
+    def operand(self, value: Value) -> Operand:
+        """A value as a kernel sees it: contiguous."""
+        kind = self.tensor_type(value)
+        plain = Operand.plain(dtype_name(kind.dtype), kind.shape)
+        if value.is_constant:
+            return ConstantOperand(plain.shape, plain.layout)
+        return plain
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that kernels have for a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def call_back(scope: Scope, node: Node) -> CallBackWork:
+    """Let torch compute a node."""
+    inputs = [value for value in dict.fromkeys(node.input_values()) if scope.is_tensor(value)]
+    places = {value: place for place, value in enumerate(inputs)}
+
+    def to_type(leaf: Any) -> Any:
+        return scope.types[leaf] if isinstance(leaf, Value) else leaf
+
+    def to_number(leaf: Any) -> Any:
+        return leaf if leaf in places else scope.literal(leaf)
+
+    def mapped(function: Callable[[Any], Any]) -> dict[str, Any]:
+        return {name: map_operand(operand, function) for name, operand in node.operands.items()}
+
+    aliasing = may_alias(node.operator, mapped(to_type))
+    # Sizes are numbers of this plan; only tensors differ from call to call.
+    prepared = mapped(to_number)
+
+    def run(*tensors: torch.Tensor) -> Sequence[Any]:
+        def given(leaf: Any) -> Any:
+            return tensors[places[leaf]] if isinstance(leaf, Value) else leaf
+
+        operands = {name: map_operand(operand, given) for name, operand in prepared.items()}
+        results = flatten_results(node.operator.call(operands))
+        return [result.clone() for result in results] if aliasing else results
+
+    return CallBackWork(node, run, tuple(inputs), tuple(node.outputs))
