@@ -105,7 +105,8 @@ def compile_graph(
         sizes: the free sizes; by default the example's.
         threads: size of the team.
         selection: how kernels are chosen; by default measured.
-        like: another plan of the same graph, whose packed constants are shared.
+        like: another plan of the same graph, whose choice of kernels and packed constants are
+            taken over.
 
     Raises:
         GraphError: the sizes violate a guard.
@@ -159,6 +160,8 @@ class _Writer:
         self.steps: list[PlanStep] = []
         self.packed: dict[tuple[object, ...], list[np.ndarray]] = {}
         self.known = like.packed if like is not None else {}
+        before = like.steps if like is not None else ()
+        self.chosen_before = {step.nodes: step.kernel for step in before}
 
     def declare(self, work: Work, value: Value, kind: TensorType) -> None:
         if isinstance(work, AliasWork):
@@ -176,11 +179,11 @@ class _Writer:
 
     def _add_kernel(self, work: KernelWork) -> None:
         if not any(operand.size for operand in work.problem.outputs):
-            for value in work.outputs:
-                assert value.producer is not None
             return
         arrays = [_array(value) for value in work.inputs]
-        chosen = selecting.choose(work.problem, arrays, self.threads, self.selection)
+        # Another size of the same graph takes the kernels that were chosen for the first.
+        prefer = self.chosen_before.get(work.nodes)
+        chosen = selecting.choose(work.problem, arrays, self.threads, self.selection, prefer)
         self.builder.add_kernel(
             chosen.build(self.threads),
             work.inputs,

@@ -64,6 +64,7 @@ def choose(
     constants: Sequence[np.ndarray | None],
     threads: int,
     selection: Selection,
+    prefer: str | None = None,
 ) -> Candidate:
     """The kernel for a problem.
 
@@ -72,6 +73,7 @@ def choose(
         constants: the array of each input that is constant, None for the others.
         threads: size of the team.
         selection: how to choose.
+        prefer: the kernel to take if it is a candidate.
 
     Raises:
         SelectionError: no kernel solves the problem.
@@ -79,8 +81,9 @@ def choose(
     found = candidates(problem)
     if not found:
         raise SelectionError(f"no kernel solves {problem.key()}")
-    if len(found) == 1 or not selection.measure:
-        return found[0]
+    preferred = next((c for c in found if c.kernel == prefer), None)
+    if preferred is not None or len(found) == 1 or not selection.measure:
+        return preferred or found[0]
     best = found[0].estimate * CLEARLY_WORSE
     timed = [candidate for candidate in found[:TIMED_CANDIDATES] if candidate.estimate <= best]
     times = {c.kernel: _time(c, constants, threads) for c in timed}

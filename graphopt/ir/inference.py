@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +25,6 @@ _MEMO_LIMIT = 200_000
 _memo: dict[Any, tuple[tuple[Type, ...], bool]] = {}
 _lock = threading.RLock()
 _torch_log = logging.getLogger("torch._subclasses.fake_tensor")
-_fake_mode: FakeTensorMode | None = None
 
 
 def flatten_results(result: Any) -> list[Any]:
@@ -76,23 +77,15 @@ def _key(operand: Any) -> Any:
 
 
 def _run(operator: Operator, operands: Mapping[str, Any]) -> tuple[tuple[Type, ...], bool]:
-    global _fake_mode
-    if _fake_mode is None:
-        _fake_mode = FakeTensorMode()
-    fakes: list[torch.Tensor] = []
-
-    def to_fake(leaf: Any) -> Any:
-        if isinstance(leaf, TensorType):
-            fakes.append(torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu"))
-            return fakes[-1]
-        return leaf.value if isinstance(leaf, ScalarType) else leaf
-
     # A refusal is an answer here; torch logs each with a traceback.
     silent, _torch_log.disabled = _torch_log.disabled, True
     try:
-        with torch.no_grad(), _fake_mode:
-            values = {name: map_operand(operand, to_fake) for name, operand in operands.items()}
-            results = flatten_results(operator.call(values))
+        try:
+            results, tensors = _call(operator, operands, "meta", nullcontext())
+        except Exception:
+            # Tensors without storage are several times faster than fake ones; what they cannot
+            # do, and every refusal, is left to the fake ones to decide.
+            results, tensors = _call(operator, operands, "cpu", _fake_mode())
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise GraphError(
             f"{operator.name}: the result depends on the data of its operands, not only on their "
@@ -104,10 +97,37 @@ def _run(operator: Operator, operands: Mapping[str, Any]) -> tuple[tuple[Type, .
         raise GraphError(f"{operator.name}({described}) is not valid: {reason}") from error
     finally:
         _torch_log.disabled = silent
-    storages = {fake.untyped_storage()._cdata for fake in fakes}
-    tensors = [r for r in results if isinstance(r, torch.Tensor)]
-    aliases = any(tensor.untyped_storage()._cdata in storages for tensor in tensors)
+    storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+    aliases = any(
+        isinstance(result, torch.Tensor) and result.untyped_storage()._cdata in storages
+        for result in results
+    )
     return tuple(_type_of(operator, result) for result in results), aliases
+
+
+@functools.cache
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+def _call(
+    operator: Operator,
+    operands: Mapping[str, Any],
+    device: str,
+    mode: AbstractContextManager[Any],
+) -> tuple[list[Any], list[torch.Tensor]]:
+    """An operator's results on tensors that hold no data, and those tensors."""
+    tensors: list[torch.Tensor] = []
+
+    def to_tensor(leaf: Any) -> Any:
+        if isinstance(leaf, TensorType):
+            tensors.append(torch.empty(leaf.shape, dtype=leaf.dtype, device=device))
+            return tensors[-1]
+        return leaf.value if isinstance(leaf, ScalarType) else leaf
+
+    with torch.no_grad(), mode:
+        values = {name: map_operand(operand, to_tensor) for name, operand in operands.items()}
+        return flatten_results(operator.call(values)), tensors
 
 
 def _describe(operand: Any) -> str:
