@@ -140,6 +140,33 @@ def gather(typing: Any, address: Any, stride: Any, vector: Any, mask: Any) -> An
 
 
 @intrinsic
+def load_even_masked(typing: Any, address: Any, vector: Any, mask: Any) -> Any:
+    """Lane i is read at element 2 i from ``address`` on if in ``mask``, else zero."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        lanes = kind.lanes
+        memory, mask = _in_memory(kind), Register(builder, kind.of(types.boolean), values[2])
+        step = ir.Constant(values[0].type, lanes * max(kind.bits // 8, 1))
+        name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
+        halves = []
+        for half, start in enumerate((values[0], builder.add(values[0], step))):
+            # Odd elements are not read: the lane numbers below pick out of the mask and no lanes.
+            first = half * (lanes // 2)
+            spread = [first + lane // 2 if lane % 2 == 0 else lanes for lane in range(lanes)]
+            wanted = mask.shuffle(spread, mask.constant([0] * lanes)).value
+            arguments = [_pointer(builder, start, memory), _alignment(kind), wanted]
+            zero = ir.Constant(memory, None)
+            value = call(builder, name, memory, [*arguments, zero])
+            halves.append(Register(builder, kind, _from_memory(builder, kind, value)))
+        return halves[0].shuffle(list(range(0, 2 * lanes, 2)), halves[1]).value
+
+    return kind(types.int64, vector, mask), generate
+
+
+@intrinsic
 def scatter(typing: Any, address: Any, stride: Any, value: Any, mask: Any) -> Any:
     """Lane i is written at ``address + i * stride`` (bytes) if in ``mask``."""
     if not isinstance(value, Vector):

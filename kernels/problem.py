@@ -213,3 +213,43 @@ class ReductionProblem(Problem):
     def flops(self) -> int:
         steps = len(self.prologue.instructions) if self.prologue else 0
         return self.inputs[0].size * (1 + steps)
+
+
+@dataclass(frozen=True)
+class ConvolutionProblem(Problem):
+    """``aten.convolution`` (not transposed) and elementwise operators on its result.
+
+    Inputs are x (N, C, *spatial), the constant weight (O, C / groups, *kernel) and the further
+    inputs of ``epilogue``, whose first input is the convolution's result: each broadcasts to the
+    output as in torch, or has the shape (O,), one element per output channel, as a bias has.
+    ``stride``, ``padding`` (before and after) and ``dilation`` have an entry per spatial dimension;
+    padding is with zeros.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    epilogue: Expression | None = None
+
+    @property
+    def flops(self) -> int:
+        steps = len(self.epilogue.instructions) if self.epilogue else 0
+        return self.outputs[0].size * (2 * math.prod(self.inputs[1].shape[1:]) + steps)
+
+    def check(self) -> None:
+        """Raise ValueError where the shapes do not belong together."""
+        x, weight, *_ = self.inputs
+        sizes = [
+            (size + before + after - reach * (kernel - 1) - 1) // step + 1
+            for size, kernel, step, (before, after), reach in zip(
+                x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+        if weight.shape[0] % self.groups or x.shape[1] != weight.shape[1] * self.groups:
+            raise ValueError(f"{x.shape} does not divide into {self.groups} of {weight.shape}")
+        expected = (x.shape[0], weight.shape[0], *sizes)
+        if self.outputs[0].shape != expected:
+            raise ValueError(f"the output is {self.outputs[0].shape}, it should be {expected}")

@@ -36,7 +36,7 @@ def _register_lanes(features: frozenset[str]) -> int:
 
 FEATURES = cpu_features()
 LANES = _register_lanes(FEATURES)
-_FUSED = "fma" in FEATURES or "neon" in FEATURES
+FUSED = "fma" in FEATURES or "neon" in FEATURES
 
 
 class Vector(types.Type):
@@ -227,7 +227,7 @@ class Register:
         cost more than the last bit is worth.
         """
         factor, addend = self._with(self._operand(factor)), self._with(self._operand(addend))
-        if not self.type.floating or not _FUSED:
+        if not self.type.floating or not FUSED:
             return self * factor + addend
         return self.llvm("llvm.fma", factor, addend)
 

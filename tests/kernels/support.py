@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from graphopt import kernels
 from graphopt.kernels.problem import ConstantOperand, Operand, Problem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
+    Entry,
     Input,
     Output,
     Packed,
@@ -24,6 +26,19 @@ from graphopt.kernels.registry import (
 _libc = ctypes.CDLL(None, use_errno=True)
 _PROT_NONE = 0
 _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+ALONE = f"""
+import importlib.util, sys, types
+sys.modules["graphopt"] = parent = types.ModuleType("graphopt")
+parent.__path__ = []
+spec = importlib.util.spec_from_file_location(
+    "graphopt.kernels", {kernels.__file__!r}, submodule_search_locations={kernels.__path__!r}
+)
+sys.modules["graphopt.kernels"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+"""
+"""The beginning of a script that has the kernels without the compiler above them."""
 
 
 class GuardedBuffer:
@@ -95,7 +110,7 @@ def execute(
         for operand, array in zip(problem.inputs, inputs, strict=True)
     ]
     packed = candidate.pack(constants)
-    assert all(array.ctypes.data % 64 == 0 for array in packed)
+    assert all(array.size == 0 or array.ctypes.data % 64 == 0 for array in packed)
     needed = candidate.scratch_bytes(threads)
     scratch = GuardedBuffer(-(-needed // 64) * 64)
     scratch.bytes[...] = 0xFF
@@ -136,11 +151,15 @@ def _filled(operand: Operand, array: np.ndarray, at_end: bool, offset: int) -> G
 
 
 def _run(step: Step, block: list[int], threads: int) -> None:
-    arguments = np.array(block, np.int64)
-    entry = _ENTRY(step.entry.address)
     team = threads if step.parallel else 1
     for thread in reversed(range(team)):
-        entry(arguments.ctypes.data, thread, team)
+        call(step.entry, block, thread, team)
+
+
+def call(entry: Entry, block: list[int], thread: int = 0, threads: int = 1) -> None:
+    """Call a kernel with an argument block."""
+    arguments = np.array(block, np.int64)
+    _ENTRY(entry.address)(arguments.ctypes.data, thread, threads)
 
 
 def _check_gaps(buffer: GuardedBuffer, operand: Operand) -> None:

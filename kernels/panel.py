@@ -1,0 +1,141 @@
+"""Panels: the columns of a matrix product, copied to where a register tile reads them in order.
+
+Functions here are called from generated kernels. Addresses, strides and pitches are in bytes. A
+panel has one row per step of the depth; rows are ``pitch`` apart and start with the vectors of one
+step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from graphopt.kernels.memory import (
+    gather,
+    load_even_masked,
+    load_masked,
+    store,
+    store_masked,
+    transpose_corner,
+)
+from graphopt.kernels.register import FLOAT32, LANES
+from graphopt.kernels.simd import mask_first
+
+inlined: Any = njit(error_model="numpy", nogil=True)
+"""For functions that become part of the kernels that call them."""
+
+
+@inlined
+def pack_taps(
+    panel: int,
+    pitch: int,
+    image: int,
+    plane: int,
+    channels: int,
+    height: int,
+    width: int,
+    out_width: int,
+    pixels: int,
+    first: int,
+    vectors: int,
+    kernel_height: int,
+    kernel_width: int,
+    stride_height: int,
+    stride_width: int,
+    dilation_height: int,
+    dilation_width: int,
+    top: int,
+    left: int,
+) -> None:
+    """What a convolution multiplies for ``vectors`` vectors of output pixels from ``first`` on.
+
+    The panel's rows are ordered by kernel position, then channel. Pixels outside the image, and
+    columns from ``pixels`` on, are zero. ``top`` and ``left`` are the padding. Channels of
+    ``image`` are ``plane`` bytes apart and dense inside.
+    """
+    target = panel
+    for y in range(kernel_height):
+        for x in range(kernel_width):
+            for vector in range(vectors):
+                start = first + vector * LANES
+                pack_pixels(
+                    target + 4 * vector * LANES,
+                    pitch,
+                    image,
+                    plane,
+                    channels,
+                    height,
+                    width,
+                    out_width,
+                    start,
+                    min(pixels - start, LANES),
+                    stride_height,
+                    stride_width,
+                    y * dilation_height - top,
+                    x * dilation_width - left,
+                )
+            target += channels * pitch
+
+
+@inlined
+def pack_pixels(
+    target: int,
+    pitch: int,
+    image: int,
+    plane: int,
+    channels: int,
+    height: int,
+    width: int,
+    out_width: int,
+    start: int,
+    count: int,
+    stride_height: int,
+    stride_width: int,
+    down: int,
+    right: int,
+) -> None:
+    """One kernel position for one vector of ``count`` output pixels, of every channel.
+
+    The masks depend on the position only, so the loop over channels is the inner one.
+    """
+    row = start // out_width
+    column = start - row * out_width
+    lane = 0
+    while lane < count:
+        # One piece of an output row; what follows it in the vector is overwritten by the next.
+        stop = min(count, lane + out_width - column)
+        source_row = row * stride_height + down
+        source_column = column * stride_width + right
+        low = max(0, (stride_width - 1 - source_column) // stride_width)
+        high = min(stop - lane, (width - 1 - source_column) // stride_width + 1)
+        if source_row < 0 or source_row >= height or high <= low:
+            low = high = 0
+        written = ~mask_first(lane, FLOAT32)
+        inside = mask_first(lane + high, FLOAT32) & ~mask_first(lane + low, FLOAT32)
+        source = image + 4 * (source_row * width + source_column - lane * stride_width)
+        place = target
+        if stride_width == 1:
+            if lane == 0:
+                for _ in range(channels):
+                    store(place, load_masked(source, FLOAT32, inside))
+                    source += plane
+                    place += pitch
+            else:
+                for _ in range(channels):
+                    store_masked(place, load_masked(source, FLOAT32, inside), written)
+                    source += plane
+                    place += pitch
+        elif stride_width == 2:
+            for _ in range(channels):
+                store_masked(place, load_even_masked(source, FLOAT32, inside), written)
+                source += plane
+                place += pitch
+        else:
+            for _ in range(channels):
+                store_masked(place, gather(source, 4 * stride_width, FLOAT32, inside), written)
+                source += plane
+                place += pitch
+        lane = stop
+        column = 0
+        row += 1

@@ -1,0 +1,274 @@
+"""Register tiles of matrix products, on which convolutions and matrix products are built.
+
+A tile is a few rows of results by a few vectors of columns, kept in registers over the whole
+depth: each step of the depth reads the vectors of columns, broadcasts one number per row and adds
+the product to every accumulator (K. Goto and R. van de Geijn, "Anatomy of high-performance matrix
+multiplication", 2008). Where the depth is cut into blocks, each adds to the results in memory.
+After the last block the epilogue runs over the tile, which is still in the first cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from graphopt.kernels.emission import emit
+from graphopt.kernels.expression import Expression
+from graphopt.kernels.loops import Arguments, indent
+from graphopt.kernels.problem import ITEM_BYTES
+from graphopt.kernels.register import Register, Vector, call, splat
+
+_INT64 = ir.IntType(64)
+
+
+def _number(value: int) -> ir.Constant:
+    return ir.Constant(_INT64, value)
+
+
+class _Memory:
+    """Vectors of one type in memory, while code is generated."""
+
+    def __init__(self, builder: ir.IRBuilder, vector: Vector) -> None:
+        self.builder = builder
+        self.vector = vector
+        self.bytes = vector.lanes * vector.bits // 8
+        self.alignment = vector.bits // 8
+
+    def at(self, address: ir.Value, row: int, row_bytes: ir.Value, offset: int = 0) -> ir.Value:
+        """The address ``row`` rows and ``offset`` bytes further."""
+        moved = self.builder.add(address, self.builder.mul(row_bytes, _number(row)))
+        return self.builder.add(moved, _number(offset)) if offset else moved
+
+    def load(self, address: ir.Value) -> Register:
+        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
+        value = self.builder.load(pointer, align=self.alignment)
+        return Register(self.builder, self.vector, value)
+
+    def load_masked(self, address: ir.Value, mask: ir.Value) -> Register:
+        zero = ir.Constant(self.vector.llvm, None)
+        value = self._masked("load", self.vector.llvm, [], address, [mask, zero])
+        return Register(self.builder, self.vector, value)
+
+    def store_masked(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
+        self._masked("store", ir.VoidType(), [value.value], address, [mask])
+
+    def _masked(self, verb: str, result: ir.Type, first: list, address: ir.Value, last: list) -> Any:
+        name = f"llvm.masked.{verb}.v{self.vector.lanes}f{self.vector.bits}.p0"
+        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
+        alignment = ir.Constant(ir.IntType(32), self.alignment)
+        return call(self.builder, name, result, [*first, pointer, alignment, *last])
+
+    def broadcast(self, address: ir.Value) -> Register:
+        """The number at ``address`` in every lane."""
+        pointer = self.builder.inttoptr(address, self.vector.llvm_element.as_pointer())
+        return splat(self.builder, self.vector, self.builder.load(pointer, align=self.alignment))
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tile(
+    typing: Any,
+    a: Any,
+    a_row: Any,
+    a_step: Any,
+    padded: Any,
+    b: Any,
+    b_step: Any,
+    depth: Any,
+    c: Any,
+    c_row: Any,
+    accumulate: Any,
+    rows: Any,
+    columns: Any,
+    height: Any,
+    width: Any,
+    vector: Any,
+) -> Any:
+    """``c = a @ b``, or ``c += a @ b`` where ``accumulate``, for a tile that fits the registers.
+
+    The tile has ``height`` rows and ``width`` vectors (both literal) of columns, of which the
+    first ``rows`` and ``columns`` are stored. Element (row, step) of ``a`` is at
+    ``a + row * a_row + step * a_step``; the vectors of step ``step`` of ``b`` start at
+    ``b + step * b_step`` and are read whole. If ``padded`` (literal), ``a`` has ``height`` rows in
+    memory, else ``rows`` of them. Rows of ``c`` are ``c_row`` apart; everything in bytes.
+    """
+    kind = vector.instance_type
+    shape = height.literal_value, width.literal_value
+    whole = bool(padded.literal_value)
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        named = dict(zip(_MULTIPLY_OPERANDS, values, strict=False))
+        for name, numba in zip(_MULTIPLY_OPERANDS, sig.args, strict=False):
+            wanted = types.boolean if name == "accumulate" else types.int64
+            named[name] = context.cast(builder, named[name], numba, wanted)
+        tile = _Tile(_Memory(builder, kind), *shape, named)
+        tile.store(tile.product(whole))
+        return context.get_dummy_value()
+
+    return types.void(
+        a, a_row, a_step, padded, b, b_step, depth, c, c_row, accumulate, rows, columns,
+        height, width, vector,
+    ), generate  # fmt: skip
+
+
+_MULTIPLY_OPERANDS = (
+    "a", "a_row", "a_step", "padded", "b", "b_step", "depth", "c", "c_row", "accumulate", "rows",
+    "columns",
+)  # fmt: skip
+
+
+class _Tile:
+    """The body of `multiply_tile`."""
+
+    def __init__(
+        self, memory: _Memory, height: int, width: int, operands: dict[str, ir.Value]
+    ) -> None:
+        self.memory = memory
+        self.builder = memory.builder
+        self.height = height
+        self.width = width
+        self.operands = operands
+
+    def product(self, padded: bool) -> list[list[ir.Value]]:
+        """Where the sums of products of each row and vector are."""
+        builder, memory, given = self.builder, self.memory, self.operands
+        starts = [self._row_start(row, padded) for row in range(self.height)]
+        zero = ir.Constant(memory.vector.llvm, None)
+        sums = [
+            [cgutils.alloca_once_value(builder, zero) for _ in range(self.width)]
+            for _ in range(self.height)
+        ]
+        with cgutils.for_range(builder, given["depth"]) as loop:
+            step = builder.add(given["b"], builder.mul(loop.index, given["b_step"]))
+            b = [
+                memory.load(builder.add(step, _number(column * memory.bytes)))
+                for column in range(self.width)
+            ]
+            offset = builder.mul(loop.index, given["a_step"])
+            for row in range(self.height):
+                factor = memory.broadcast(builder.add(starts[row], offset))
+                for column in range(self.width):
+                    sum = sums[row][column]
+                    known = Register(builder, memory.vector, builder.load(sum))
+                    builder.store(b[column].fma(factor, known).value, sum)
+        return sums
+
+    def _row_start(self, row: int, padded: bool) -> ir.Value:
+        builder, given = self.builder, self.operands
+        number: ir.Value = _number(row)
+        if not padded:
+            last = builder.sub(given["rows"], _number(1))
+            number = builder.select(builder.icmp_signed("<", number, last), number, last)
+        return builder.add(given["a"], builder.mul(number, given["a_row"]))
+
+    def store(self, sums: list[list[ir.Value]]) -> None:
+        """Store the part of the tile that exists, or add it to what is there."""
+        builder, memory, given = self.builder, self.memory, self.operands
+        masks = [self._columns(column) for column in range(self.width)]
+        none = ir.Constant(masks[0].type, None)
+        for row in range(self.height):
+            exists = builder.icmp_signed("<", _number(row), given["rows"])
+            for column in range(self.width):
+                address = memory.at(given["c"], row, given["c_row"], column * memory.bytes)
+                mask = builder.select(exists, masks[column], none)
+                known = memory.load_masked(
+                    address, builder.select(given["accumulate"], mask, none)
+                )
+                sum = Register(builder, memory.vector, builder.load(sums[row][column]))
+                memory.store_masked(address, sum + known, mask)
+
+    def _columns(self, column: int) -> ir.Value:
+        """The mask of a vector's columns that exist."""
+        lanes = self.memory.vector.lanes
+        numbers = Vector(types.int64, lanes)
+        first = column * lanes
+        own = Register(
+            self.builder,
+            numbers,
+            ir.Constant(numbers.llvm, list(range(first, first + lanes))),
+        )
+        return (own < splat(self.builder, numbers, self.operands["columns"])).value
+
+
+@dataclass(frozen=True)
+class ExtraOperand:
+    """An operand of an epilogue beside the product itself.
+
+    ``along`` says whether it varies along a tile's columns, where it is contiguous.
+    """
+
+    dtype: str
+    along: bool
+
+
+class Epilogue:
+    """Kernel text that applies an expression to a finished tile in memory.
+
+    The expression's first input is the product, the others are ``extras``. The text expects the
+    tile's address ``c``, its ``c_row``, ``rows`` and ``columns``, and for extra i the address
+    ``e{i}`` of what belongs to the tile's first element and ``e{i}_row`` from row to row.
+    """
+
+    def __init__(
+        self, expression: Expression | None, extras: Sequence[ExtraOperand], argument: int
+    ) -> None:
+        self.expression = expression
+        self.extras = extras
+        names = ["x", *(f"x{index}" for index in range(len(extras)))]
+        self.emission = emit(expression, names, argument) if expression else None
+
+    @property
+    def immediates(self) -> tuple[int, ...]:
+        """Values for the argument block, from the place given on."""
+        return self.emission.immediates if self.emission else ()
+
+    def prologue(self) -> list[str]:
+        """Lines before all loops."""
+        return list(self.emission.prologue) if self.emission else []
+
+    def lines(self) -> list[str]:
+        """Lines that finish one tile."""
+        if self.emission is None:
+            return ["pass"]
+        constant = [
+            f"x{index} = broadcast(read(f{index}, {extra.dtype.upper()}), {extra.dtype.upper()})"
+            for index, extra in enumerate(self.extras)
+            if not extra.along
+        ]
+        return [
+            "q = c",
+            *(f"f{index} = e{index}" for index in range(len(self.extras))),
+            "row = 0",
+            "while row < rows:",
+            *indent(1, constant),
+            "    i = 0",
+            "    while i + LANES <= columns:",
+            *indent(2, self._vector(masked=False)),
+            "        i += LANES",
+            "    if i < columns:",
+            "        mask = mask_first(columns - i, FLOAT32)",
+            *indent(2, self._vector(masked=True)),
+            "    row += 1",
+            "    q += c_row",
+            *(f"    f{index} += e{index}_row" for index in range(len(self.extras))),
+        ]
+
+    def _vector(self, masked: bool) -> list[str]:
+        assert self.emission is not None
+        operands = [("x", "q", "float32")]
+        for index, extra in enumerate(self.extras):
+            if extra.along:
+                operands.append((f"x{index}", f"f{index}", extra.dtype))
+        load = "{} = load_masked({} + {} * i, {}, mask)" if masked else "{} = load({} + {} * i, {})"
+        lines = [
+            load.format(name, start, ITEM_BYTES[dtype], dtype.upper())
+            for name, start, dtype in operands
+        ]
+        result = self.emission.results[0]
+        store = f"store_masked(q + 4 * i, {result}, mask)" if masked else f"store(q + 4 * i, {result})"
+        return [*lines, *self.emission.body, store]

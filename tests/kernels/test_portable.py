@@ -1,0 +1,48 @@
+"""The same kernels for CPUs without this machine's instructions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from llvmlite import binding
+from support import ALONE
+
+from graphopt.kernels.simd import FEATURES
+
+HERE = Path(__file__).parent
+SELECTION = [
+    "test_simd.py",
+    "test_elementary.py",
+    "test_pointwise.py::test_broadcasting_between_guard_pages",
+    "test_pointwise.py::test_conversion_of_what_no_integer_holds_is_defined",
+    "test_copy.py::test_layouts",
+    "test_reduction.py::test_special_values",
+    "test_reduction.py::test_a_norm_is_one_kernel",
+]
+TARGETS = {
+    "generic": (4, ""),
+    "haswell": (8, "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_kernels_for_other_cpus(name: str) -> None:
+    lanes, features = TARGETS[name]
+    if name != "generic" and "x86_64" not in binding.get_process_triple():
+        pytest.skip("an x86 CPU's name means nothing here")
+    if not {feature[1:] for feature in features.split(",") if feature} <= FEATURES:
+        pytest.skip(f"this CPU cannot run code for {name}")
+    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    tests = [f"{HERE / test}" for test in SELECTION]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    script = ALONE + "from graphopt.kernels.simd import LANES; print(LANES)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == lanes
