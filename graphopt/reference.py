@@ -27,7 +27,8 @@ def run(
         graph: what to evaluate.
         inputs: one tensor (or number) per graph input.
         dtype: compute in this floating dtype instead, such as float64 for an exact reference:
-            floating inputs and constants are converted, and so are dtypes among the operands.
+            floating inputs, constants and results are converted, and so are dtypes among the
+            operands.
         observe: called with every node and its results.
 
     Returns:
@@ -45,7 +46,10 @@ def run(
         for value in graph.constants:
             environment[value] = _convert(value.constant, dtype)
         for node in graph.nodes:
-            results = flatten_results(evaluate(node, environment, dtype))
+            results = [
+                _convert(result, dtype)
+                for result in flatten_results(evaluate(node, environment, dtype))
+            ]
             if len(results) != len(node.outputs):
                 raise GraphError(f"{node} gave {len(results)} results")
             environment.update(zip(node.outputs, results, strict=True))

@@ -58,6 +58,7 @@ class Graph:
         self._journal: list[Callable[[], None]] = []
         self._dirty: dict[Node, None] = {}
         self._unlinked: dict[Value, None] = {}
+        self._serials = itertools.count()
         self._depth = 0
         self._before: Node | None = None
         self._added: list[Node] | None = None
@@ -72,12 +73,12 @@ class Graph:
     @property
     def constants(self) -> list[Value]:
         """All constants, in the order in which they came into the graph."""
-        return [value for value in self._names.values() if value.is_constant]
+        return [value for value in self.values if value.is_constant]
 
     @property
     def values(self) -> list[Value]:
-        """Inputs, constants and results."""
-        return list(self._names.values())
+        """Inputs, constants and results, in the order in which they came into the graph."""
+        return sorted(self._names.values(), key=lambda value: value._serial)
 
     @property
     def outputs(self) -> tuple[Operand, ...]:
@@ -153,6 +154,7 @@ class Graph:
         self, tensor: torch.Tensor, name: str = "constant", *, trainable: bool = False
     ) -> Value:
         """Add a constant. The tensor is neither copied nor ever written."""
+        _check_tensor(tensor, name)
         with self.edit():
             types = (TensorType.of(tensor),) * len(self.assignments)
             value = self._new_value(name, types)
@@ -184,8 +186,9 @@ class Graph:
         Raises:
             GraphError: the operator is unknown or refuses such operands.
         """
-        node = self.add_node(op, *args, name=name, before=before, origin=origin, **kwargs)
-        return node.output
+        with self.edit():
+            node = self.add_node(op, *args, name=name, before=before, origin=origin, **kwargs)
+            return node.output
 
     def add_node(
         self,
@@ -201,6 +204,9 @@ class Graph:
         operator = resolve(op)
         if operator.is_mutable:
             raise GraphError(f"{op} writes to its operands; add its functional form instead")
+        before = before or self._before
+        if before is not None:
+            self._check_node(before)
         operands = operator.bind(args, kwargs)
         self._check_operands(op, operands)
         types = self._infer(operator, operands)
@@ -212,9 +218,9 @@ class Graph:
                 value = self._new_value(base, per_assignment)
                 value.producer, value.index = node, index
                 node.outputs.append(value)
-            self._insert(node, before or self._before)
+            self._insert(node, before)
             self._link(node, operands)
-            self._dirty[node] = None
+            self._note(self._dirty, node)
         if self._added is not None:
             self._added.append(node)
         return node
@@ -227,7 +233,7 @@ class Graph:
             self._outputs = list(outputs)
             self._record(lambda: setattr(self, "_outputs", old))
             for value in values_in({"outputs": old}):
-                self._unlinked[value] = None
+                self._note(self._unlinked, value)
 
     # -- changing --------------------------------------------------------------------------
 
@@ -237,12 +243,13 @@ class Graph:
         Raises:
             GraphError: the operator, or one after it, refuses the operand.
         """
+        self._check_node(node)
         operands = {**node.operands, name: operand}
         bound = node.operator.bind((), operands)
         self._check_operands(node.op, bound)
         with self.edit():
             self._link(node, bound)
-            self._dirty[node] = None
+            self._note(self._dirty, node)
 
     def replace(self, old: Value, new: Value) -> None:
         """Let everything that used one value use another, the producer of the new one excepted.
@@ -261,7 +268,7 @@ class Graph:
             for user in list(old.users):
                 if user is not new.producer:
                     self._link(user, substitute(user.operands, {old: new}))
-                    self._dirty[user] = None
+                    self._note(self._dirty, user)
             if any(output is old for output in self._outputs):
                 self.set_outputs([new if output is old else output for output in self._outputs])
 
@@ -271,6 +278,7 @@ class Graph:
         Raises:
             GraphError: a result has users (which are named) or is an output of the graph.
         """
+        self._check_node(node)
         for value in node.outputs:
             if value.users:
                 users = ", ".join(f"%{user.name}" for user in value.users)
@@ -280,14 +288,15 @@ class Graph:
         with self.edit():
             self._link(node, {})
             self._remove(node)
-            self._dirty.pop(node, None)
             for value in node.outputs:
                 self._drop_name(value)
 
     def set_constant(self, value: Value, tensor: torch.Tensor) -> None:
         """Give a constant another tensor for all its users; types follow."""
+        self._check_operands("set_constant", {"value": value})
         if not value.is_constant:
             raise GraphError(f"%{value.name} is not a constant")
+        _check_tensor(tensor, value.name)
         with self.edit():
             old = value.constant
             value.constant = tensor.detach()
@@ -296,19 +305,16 @@ class Graph:
 
     def rename(self, value: Value, name: str) -> None:
         """Give a value another name. Raises GraphError if it is taken."""
+        self._check_operands("rename", {"value": value})
         if name == value.name:
             return
         if name in self._names:
             raise GraphError(f"%{value.name} cannot be named {name}: that name is taken")
         with self.edit():
-            old_name, old_names = value.name, self._names
-            self._names = {(name if v is value else key): v for key, v in self._names.items()}
-            value.name = name
-
-            def undo() -> None:
-                value.name, self._names = old_name, old_names
-
-            self._record(undo)
+            self._drop_name(value)
+            old, value.name = value.name, name
+            self._record(lambda: setattr(value, "name", old))
+            self._file(value)
 
     def drop_unused_constants(self) -> None:
         """Remove constants without users that the graph does not return."""
@@ -320,38 +326,34 @@ class Graph:
     @contextmanager
     def edit(self) -> Iterator[Graph]:
         """Make several changes one: types are inferred at the end, and on any error, the
-        caller's own included, the graph is what it was before.
+        caller's own included, the graph is what it was before. Inside another edit, an error
+        undoes the inner one; types wait for the end of the outer one.
 
         Raises:
             GraphError: an operator refuses its new operands, a user precedes what it uses, or the
                 type of one of the graph's outputs has changed.
         """
-        if self._depth:
-            self._depth += 1
-            try:
-                yield self
-            finally:
-                self._depth -= 1
-            return
+        outermost, start = self._depth == 0, len(self._journal)
         outputs = self._outputs
         output_types = [v.types if isinstance(v, Value) else v for v in outputs]
-        self._depth = 1
+        self._depth += 1
         try:
             yield self
-            self._settle()
-            if outputs:
-                self._check_outputs(output_types)
+            if outermost:
+                self._settle()
+                if outputs:
+                    self._check_outputs(output_types)
+                self.version += bool(self._journal)
         except BaseException:
-            while self._journal:
+            while len(self._journal) > start:
                 self._journal.pop()()
             raise
-        else:
-            self.version += bool(self._journal)
         finally:
-            self._depth = 0
-            self._journal.clear()
-            self._dirty.clear()
-            self._unlinked.clear()
+            self._depth -= 1
+            if outermost:
+                self._journal.clear()
+                self._dirty.clear()
+                self._unlinked.clear()
 
     @contextmanager
     def making(self, pass_name: str) -> Iterator[None]:
@@ -382,7 +384,7 @@ class Graph:
         copy.interface = self.interface
         mapping: dict[Value, Operand] = {}
         with copy.edit():
-            for value in self._names.values():
+            for value in self.values:
                 if value.producer is None:
                     mapping[value] = twin = copy._new_value(value.name, value.types)
                     twin.constant, twin.trainable = value.constant, value.trainable
@@ -423,6 +425,11 @@ class Graph:
 
         return parse_graph(text, constants or {})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        constants = {value.name: value.constant for value in self.constants}
+        origins = [node.origin for node in self._walk()]
+        return _restore, (self.to_text(), constants, self.interface, origins)
+
     def to_networkx(self) -> networkx.MultiDiGraph:
         """A view of the structure for questions about it; see `graphopt.ir.views`."""
         from graphopt.ir.views import to_networkx
@@ -448,38 +455,47 @@ class Graph:
             self._counters[base] = count = self._counters.get(base, 0) + 1
             name = f"{base}_{count}"
         self._counters.setdefault(name, 0)
-        value = self._names[name] = Value(self, name, types)
-        self._record(lambda: self._names.pop(name))
+        value = Value(self, name, types, _serial=next(self._serials))
+        self._file(value)
         return value
 
+    def _file(self, value: Value) -> None:
+        self._names[value.name] = value
+        self._record(lambda: self._names.pop(value.name))
+
     def _drop_name(self, value: Value) -> None:
-        names = self._names
-        self._names = {name: v for name, v in names.items() if v is not value}
-        self._record(lambda: setattr(self, "_names", names))
+        del self._names[value.name]
+        self._record(lambda: self._names.__setitem__(value.name, value))
+
+    def _note(self, pending: dict[Any, None], item: Node | Value) -> None:
+        """Keep something in mind for the end of the edit."""
+        if item not in pending:
+            pending[item] = None
+            self._record(lambda: pending.pop(item))
 
     def _set_types(self, value: Value, types: tuple[Type, ...]) -> None:
         old = value.types
         if old != types:
             value.types = types
             self._record(lambda: setattr(value, "types", old))
-            self._dirty.update(value.users)
+            for user in value.users:
+                self._note(self._dirty, user)
 
     def _link(self, node: Node, operands: dict[str, Operand]) -> None:
         old = node.operands
+        for value in values_in(old):
+            self._note(self._unlinked, value)
         self._relink(node, operands)
         self._record(lambda: self._relink(node, old))
 
     def _relink(self, node: Node, operands: dict[str, Operand]) -> None:
         for value in values_in(node.operands):
             value.users.pop(node, None)
-            self._unlinked[value] = None
         node.operands = operands
         for value in values_in(operands):
             value.users[node] = None
 
     def _insert(self, node: Node, before: Node | None) -> None:
-        if before is not None and before.graph is not self:
-            raise GraphError(f"%{before.name} is a node of another graph")
         previous = self._last if before is None else before._previous
         node._previous, node._next = previous, before
         if previous is None:
@@ -520,7 +536,7 @@ class Graph:
     def _settle(self) -> None:
         """Infer types downstream of what changed, and drop constants that lost all users."""
         tie = itertools.count()
-        queue = [(node._key, next(tie), node) for node in self._dirty]
+        queue = [(node._key, next(tie), node) for node in self._dirty if node in self]
         heapq.heapify(queue)
         done: dict[Node, None] = {}
         while queue:
@@ -540,7 +556,8 @@ class Graph:
                     for user in value.users:
                         heapq.heappush(queue, (user._key, next(tie), user))
         for value in self._unlinked:
-            if value.is_constant and not value.users and not value.is_output:
+            known = self._names.get(value.name) is value
+            if known and value.is_constant and not value.users and not value.is_output:
                 self._drop_name(value)
 
     def _check_order(self, node: Node) -> None:
@@ -564,11 +581,16 @@ class Graph:
                     f"output {position} was {old[0]} and would become "
                     f"{new[0] if isinstance(new, tuple) else new}; what a model returns is fixed"
                 )
-            if not isinstance(old, tuple) and old is not new and old != new:
+            same = old is new or (type(old) is type(new) and old == new)
+            if not isinstance(old, tuple) and not same:
                 raise GraphError(f"output {position} was {old!r} and would become {new!r}")
         for value in values_in({"outputs": self._outputs}):
             if self._names.get(value.name) is not value:
                 raise GraphError(f"the graph returns %{value.name}, which it has not")
+
+    def _check_node(self, node: Node) -> None:
+        if node not in self:
+            raise GraphError(f"%{node.name} is not a node of this graph; it may have been erased")
 
     def _check_operands(self, what: str, operands: dict[str, Operand]) -> None:
         def check(leaf: Any) -> None:
@@ -614,6 +636,27 @@ def under(type: Type, free: Mapping[int, str], sizes: Mapping[str, int]) -> Type
         for dimension, size in enumerate(type.shape)
     ]
     return TensorType(type.dtype, tuple(shape))
+
+
+def _check_tensor(tensor: Any, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise GraphError(f"the constant %{name} is a {type(tensor).__name__}, not a tensor")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise GraphError(f"the constant %{name} is {tensor.layout}; only dense tensors work")
+
+
+def _restore(
+    text: str,
+    constants: dict[str, torch.Tensor],
+    interface: Interface | None,
+    origins: list[Origin],
+) -> Graph:
+    """A pickled graph; recursion through linked nodes would overflow the stack."""
+    graph = Graph.from_text(text, constants)
+    graph.interface = interface
+    for node, origin in zip(graph.nodes, origins, strict=True):
+        node.origin = origin
+    return graph
 
 
 def _types(value: Value) -> str:

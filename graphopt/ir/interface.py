@@ -18,6 +18,9 @@ class _Tensor:
     def __repr__(self) -> str:
         return "tensor"
 
+    def __reduce__(self) -> str:
+        return "TENSOR"  # unpickled as the one object of that name
+
 
 TENSOR = _Tensor()
 

@@ -232,7 +232,8 @@ def _try(graph: Graph, rule: Rule, found: Match) -> list[Node] | Decline:
         with graph.edit(), graph.inserting(place) as added:
             made = rule.replacement(graph, found)
             if made is None or isinstance(made, Decline):
-                raise _Declined(made or Decline("the replacement declined without a reason"))
+                silent = Decline("the replacement declined without a reason")
+                raise _Declined(silent if made is None else made)
             new = list(made) if isinstance(made, (list, tuple)) else [made]
             _substitute(graph, old, new)
             for node in added:

@@ -16,7 +16,9 @@ Constants stand before the node that first uses them; small ones are spelled out
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +29,15 @@ from graphopt.ir.value import Node, Operand, Value, values_in
 if TYPE_CHECKING:
     from graphopt.ir.graph import Graph
 
+_PLAIN_NAME = re.compile(r"[\w.\-]+")
 SPELLED_OUT = 8  # constants of at most so many elements are part of the text
 
 
 def format_graph(graph: Graph) -> str:
     """The whole graph; the same graph always gives the same text."""
-    inputs = ", ".join(f"%{value.name}: {_input_type(graph, value)}" for value in graph.inputs)
+    inputs = ", ".join(
+        f"{format_name(value.name)}: {_input_type(graph, value)}" for value in graph.inputs
+    )
     guards = f" where {'; '.join(graph.guards)}" if graph.guards else ""
     lines = [f"graph({inputs}){guards} {{"]
     shown: set[Value] = set()
@@ -55,7 +60,7 @@ def format_graph(graph: Graph) -> str:
 
 def format_node(node: Node) -> str:
     """One line: results with types, operator, operands, and the module it comes from."""
-    results = ", ".join(f"%{value.name}: {value.type}" for value in node.outputs)
+    results = ", ".join(f"{format_name(value.name)}: {value.type}" for value in node.outputs)
     args, kwargs = node.operator.arguments(node.operands)
     operands = [format_operand(operand) for operand in args]
     operands += [f"{name}={format_operand(operand)}" for name, operand in kwargs.items()]
@@ -67,22 +72,28 @@ def format_constant(value: Value) -> str:
     """One line; the elements only where there are few."""
     assert value.constant is not None
     kind = "parameter" if value.trainable else "constant"
-    line = f"%{value.name}: {value.type} = {kind}"
+    line = f"{format_name(value.name)}: {value.type} = {kind}"
     if 0 < value.constant.numel() <= SPELLED_OUT and not value.dtype.is_complex:
         line += f" {format_operand(value.constant.tolist())}"
     return line
 
 
+def format_name(name: str) -> str:
+    """A value's name as the text shows it; modules may have names that need quotes."""
+    return f"%{name}" if _PLAIN_NAME.fullmatch(name) else f"%{json.dumps(name)}"
+
+
 def format_operand(operand: Operand) -> str:
     if isinstance(operand, Value):
-        return f"%{operand.name}"
+        return format_name(operand.name)
     if isinstance(operand, (list, tuple)):
         return f"[{', '.join(map(format_operand, operand))}]"
     if isinstance(operand, torch.device):
         return f'device("{operand}")'
     if isinstance(operand, str):
-        escaped = operand.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(operand)
+    if isinstance(operand, complex):
+        return f"complex({format_operand(operand.real)}, {format_operand(operand.imag)})"
     if isinstance(operand, float) and not math.isfinite(operand):
         return "nan" if math.isnan(operand) else ("inf" if operand > 0 else "-inf")
     return repr(operand)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +15,22 @@ from graphopt.ir.operators import resolve
 from graphopt.ir.types import DTYPES_BY_NAME, ScalarType, TensorType, Type
 from graphopt.ir.value import Operand, Origin
 
+_NAME = r'%(?P<name>[\w.\-]+|"(?:[^"\\]|\\.)*")'
+_TYPE = r"(?P<type>\w+\[[^\]]*\]|\w+=[^,\s]+)"
 _TOKEN = re.compile(
     r"""\s*(?:
-        (?P<value>%[\w.\-]+)
+        (?P<value>%(?:[\w.\-]+|"(?:[^"\\]|\\.)*"))
       | (?P<string>"(?:[^"\\]|\\.)*")
-      | (?P<number>-?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)j?)
+      | (?P<number>-?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?))
       | (?P<name>-?[A-Za-z_][\w.]*)
       | (?P<mark>[\[\](),=:])
     )""",
     re.VERBOSE,
 )
 _HEADER = re.compile(r"graph\((?P<inputs>.*)\)(?: where (?P<guards>.*))? \{")
-_INPUT = re.compile(r"%(?P<name>[\w.\-]+): (?P<type>\w+\[[^\]]*\]|\w+=[^,\s]+)")
+_INPUT = re.compile(f"{_NAME}: {_TYPE}")
+_RESULT = re.compile(f"{_NAME}: {_TYPE}(?:, | = )")
+_COMMENT = re.compile(r'((?:[^"]|"(?:[^"\\]|\\.)*")*?)  # (.*)')
 _WORDS = {
     "None": None,
     "True": True,
@@ -62,7 +67,7 @@ class _Line:
         return self.tokens[self.position - 1]
 
     def expect(self, text: str) -> None:
-        kind, found = self.next()
+        _, found = self.next()
         if found != text:
             raise GraphError(f"expected {text!r}, found {found!r}")
 
@@ -95,6 +100,10 @@ def parse_graph(text: str, constants: Mapping[str, torch.Tensor]) -> Graph:
         except GraphError as error:
             error.add_note(f"in line {number}: {line}")
             raise
+        except (ValueError, TypeError, RuntimeError) as error:
+            wrong = GraphError(f"cannot read the text of the graph: {error}")
+            wrong.add_note(f"in line {number}: {line}")
+            raise wrong from error
     raise GraphError("the text of a graph must begin with 'graph(' and end with '}'")
 
 
@@ -103,7 +112,7 @@ def _parse_header(line: str) -> Graph:
     if header is None:
         raise GraphError("expected 'graph(%x: f32[batch=2, 3]) {'")
     guards = [g.strip() for g in (header["guards"] or "").split(";") if g.strip()]
-    inputs = [(m["name"], m["type"]) for m in _INPUT.finditer(header["inputs"])]
+    inputs = [(_unquoted(m["name"]), m["type"]) for m in _INPUT.finditer(header["inputs"])]
     sizes: dict[str, int] = {}
     for _, text in inputs:
         for expression, size in re.findall(r"([^\[,=]+)=(\d+)", text):
@@ -134,14 +143,12 @@ def _parse_type(text: str) -> Type:
     return TensorType(DTYPES_BY_NAME[name], tuple(int(s) for s in shape.split(",") if s.strip()))
 
 
-_RESULT = re.compile(r"%(?P<name>[\w.\-]+): (?P<type>\w+\[[^\]]*\]|\w+=[^,\s]+)(?:, | = )")
-
-
 def _parse_statement(graph: Graph, line: str, constants: Mapping[str, torch.Tensor]) -> None:
-    statement, _, comment = line.partition("  # ")
+    commented = _COMMENT.fullmatch(line)
+    statement, comment = commented.groups() if commented else (line, "")
     results: list[tuple[str, str]] = []
     while (match := _RESULT.match(statement)) is not None:
-        results.append((match["name"], match["type"]))
+        results.append((_unquoted(match["name"]), match["type"]))
         statement = statement[match.end() :]
         if match.group().endswith("= "):
             break
@@ -149,7 +156,7 @@ def _parse_statement(graph: Graph, line: str, constants: Mapping[str, torch.Tens
         _parse_constant(graph, results, statement, constants)
         return
     reader = _Line(statement)
-    kind, op = reader.next()
+    _, op = reader.next()
     reader.expect("(")
     args: list[Operand] = []
     kwargs: dict[str, Operand] = {}
@@ -163,13 +170,17 @@ def _parse_statement(graph: Graph, line: str, constants: Mapping[str, torch.Tens
             kwargs[name] = _parse_operand(graph, reader)
         else:
             args.append(_parse_operand(graph, reader))
-        reader.accept(",")
+        if not reader.peek(")"):
+            reader.expect(",")
+    if not reader.at_end:
+        raise GraphError(f"unexpected {reader.next()[1]!r} after the operands")
     operands = resolve(op).bind(tuple(args), kwargs)
     module, _, made_by = comment.partition(" by ")
     if comment.startswith("by "):
         module, made_by = "", comment.removeprefix("by ")
     with graph.edit():
-        node = graph.add_node(op, origin=Origin(module, "", made_by), **operands)
+        # Named only once all results exist: their default names may be those of each other.
+        node = graph.add_node(op, name="?", origin=Origin(module, "", made_by), **operands)
         if len(node.outputs) != len(results):
             raise GraphError(f"{op} has {len(node.outputs)} results, the text names {len(results)}")
         for value, (name, text) in zip(node.outputs, results, strict=True):
@@ -184,8 +195,12 @@ def _parse_constant(
     statement: str,
     constants: Mapping[str, torch.Tensor],
 ) -> None:
-    (name, text), kind = results[0], _parse_type(results[0][1])
-    assert isinstance(kind, TensorType)
+    if len(results) != 1:
+        raise GraphError("a constant has one name and type, such as '%w: f32[3] = constant'")
+    name, text = results[0]
+    kind = _parse_type(text)
+    if not isinstance(kind, TensorType):
+        raise GraphError(f"the constant %{name} is a tensor, not {text}")
     word, _, literal = statement.partition(" ")
     if literal:
         data = _parse_operand(graph, _Line(literal))
@@ -203,6 +218,10 @@ def _parse_constant(
         raise GraphError(f"%{name} is defined twice")
 
 
+def _unquoted(name: str) -> str:
+    return json.loads(name) if name.startswith('"') else name
+
+
 def _parse_list(graph: Graph, reader: _Line) -> list[Operand]:
     operands: list[Operand] = []
     while not reader.at_end:
@@ -215,12 +234,10 @@ def _parse_list(graph: Graph, reader: _Line) -> list[Operand]:
 def _parse_operand(graph: Graph, reader: _Line) -> Operand:
     kind, text = reader.next()
     if kind == "value":
-        return graph.value(text[1:])
+        return graph.value(_unquoted(text[1:]))
     if kind == "string":
-        return text[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+        return json.loads(text)
     if kind == "number":
-        if text.endswith("j"):
-            return complex(text)
         return float(text) if any(c in text for c in ".eE") else int(text)
     if text == "[":
         items = []
@@ -234,6 +251,13 @@ def _parse_operand(graph: Graph, reader: _Line) -> Operand:
         _, name = reader.next()
         reader.expect(")")
         return torch.device(name[1:-1])
+    if text == "complex":
+        reader.expect("(")
+        real = _parse_operand(graph, reader)
+        reader.expect(",")
+        imaginary = _parse_operand(graph, reader)
+        reader.expect(")")
+        return complex(real, imaginary)
     if text in _WORDS:
         return _WORDS[text]
     if text.startswith("torch."):

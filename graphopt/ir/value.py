@@ -53,6 +53,7 @@ class Value:
     constant: torch.Tensor | None = None
     trainable: bool = False
     free: dict[int, str] = field(default_factory=dict)
+    _serial: int = 0
 
     @property
     def type(self) -> Type:
