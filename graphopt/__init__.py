@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from graphopt.api import optimize
 from graphopt.errors import (
     ArtefactError,
     Error,
@@ -12,18 +13,28 @@ from graphopt.errors import (
     TraceError,
 )
 from graphopt.ir import Graph
+from graphopt.model import OptimizedModel
+from graphopt.pipeline import Context, Pipeline
+from graphopt.registry import register_pass
+from graphopt.target import Target
 from graphopt.tracing import trace
 
 __version__ = _version("graphopt")
 
 __all__ = [
     "ArtefactError",
+    "Context",
     "Error",
     "ExportError",
     "Graph",
     "GraphError",
+    "OptimizedModel",
     "PassError",
+    "Pipeline",
     "SelectionError",
+    "Target",
     "TraceError",
+    "optimize",
+    "register_pass",
     "trace",
 ]

@@ -12,8 +12,9 @@ from graphopt.errors import Error
 from graphopt.ir import Graph
 from graphopt.model import OptimizedModel
 from graphopt.passes import EXACT
-from graphopt.pipeline import Context, PassLike, Pipeline
+from graphopt.pipeline import Context, Pipeline
 from graphopt.precision import cpu_source
+from graphopt.registry import PassLike
 from graphopt.target import Target
 from graphopt.tracing import Dynamic
 
@@ -52,7 +53,8 @@ def optimize(
     pipeline = Pipeline([*EXACT, *passes, *EXACT])
 
     def prepare(graph: Graph) -> Graph:
-        target = Target(time=lambda fragment: time_graph(fragment, threads=optimized.threads))
+        count = optimized.threads
+        target = Target(lambda fragment: time_graph(fragment, threads=count), threads=count)
         pipeline.run(graph, Context(target=target))
         return graph
 
