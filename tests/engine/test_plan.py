@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from graphopt.engine import plan as planner
-from graphopt.engine.plan import ALIGNMENT, SLACK, Lifetime, MemoryPlan, plan_memory, verify_plan
 from hypothesis import given
 from hypothesis import strategies as st
+
+from graphopt.engine import plan as planner
+from graphopt.engine.plan import ALIGNMENT, SLACK, Lifetime, MemoryPlan, plan_memory, verify_plan
 
 
 @st.composite

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from graphopt.engine import threads
 from graphopt.engine.threads import default_threads
 
@@ -35,7 +36,9 @@ def test_affinity_restricts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert default_threads(machine) == 2
 
 
-def test_unknown_topology_counts_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_topology_counts_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(threads, "_allowed_processors", lambda: {0, 1, 2})
     assert default_threads(tmp_path) == 3
 

@@ -1,4 +1,4 @@
-"""Small kernels and random programs for the tests of the engine's frame."""
+"""Small kernels for the tests of the engine's frame."""
 
 from __future__ import annotations
 
@@ -57,24 +57,29 @@ def _rotate(arguments: Any, thread: int, threads: int) -> None:
 
 
 @cfunc(SIGNATURE, cache=True)
-def _partial_sums(arguments: Any, thread: int, threads: int) -> None:
-    source, partial, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
-    partial[thread] = np.float32(0)
-    for i in range(count * thread // threads, count * (thread + 1) // threads):
-        partial[thread] += source[i]
+def _partial_maxima(arguments: Any, thread: int, threads: int) -> None:
+    """scratch = [threads, maximum of each thread's part ...]."""
+    source, scratch, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
     if thread == 0:
-        partial[arguments[3]] = np.float32(threads)
+        scratch[0] = np.float32(threads)
+    scratch[1 + thread] = -np.float32(np.inf)
+    for i in range(count * thread // threads, count * (thread + 1) // threads):
+        scratch[1 + thread] = max(scratch[1 + thread], source[i])
 
 
 @cfunc(SIGNATURE, cache=True)
-def _total(arguments: Any, thread: int, threads: int) -> None:
-    """Every element plus the sum of all."""
-    source, partial, target = floats(arguments[0]), floats(arguments[1]), floats(arguments[2])
-    total = np.float32(0)
-    for i in range(int(partial[arguments[4]])):
-        total += partial[i]
+def _minus_maximum(arguments: Any, thread: int, threads: int) -> None:
+    source, scratch, target = floats(arguments[0]), floats(arguments[1]), floats(arguments[2])
+    maximum = scratch[1]
+    for i in range(1, int(scratch[0])):
+        maximum = max(maximum, scratch[1 + i])
     for i in range(arguments[3]):
-        target[i] = source[i] + total
+        target[i] = source[i] - maximum
+
+
+@cfunc(SIGNATURE, cache=True)
+def _count_threads(arguments: Any, thread: int, threads: int) -> None:
+    floats(arguments[0])[thread] = np.float32(threads)
 
 
 def _entry(function: Any) -> Entry:
@@ -97,9 +102,14 @@ def rotate(count: int, shift: int, parallel: bool = True) -> list[Step]:
     return [Step(_entry(_rotate), (Input(0), Output(0), count, shift), parallel)]
 
 
-def plus_sum(count: int, threads: int) -> tuple[list[Step], int]:
-    """output = input + sum(input), in two steps, and the bytes of scratch memory they need."""
+def minus_maximum(count: int, threads: int) -> tuple[list[Step], int]:
+    """output = input - max(input), in two steps, and the bytes of scratch memory they need."""
     return [
-        Step(_entry(_partial_sums), (Input(0), Scratch(), count, threads)),
-        Step(_entry(_total), (Input(0), Scratch(0), Output(0), count, threads), parallel=False),
+        Step(_entry(_partial_maxima), (Input(0), Scratch(), count)),
+        Step(_entry(_minus_maximum), (Input(0), Scratch(0), Output(0), count), parallel=False),
     ], 4 * (threads + 1)
+
+
+def count_threads() -> list[Step]:
+    """output[thread] = threads."""
+    return [Step(_entry(_count_threads), (Output(0),))]
