@@ -507,7 +507,10 @@ def normalize_batch(b: Builder, x: Value) -> Value:
     arguments = (x, weight, bias, mean, variance)
     if b.choices.byte() >= 224:
         op = "aten._native_batch_norm_legit_no_training"
-        return b.apply_all(op, *arguments, 0.1, eps)[0]
+        result, *statistics = b.apply_all(op, *arguments, 0.1, eps)
+        # Nothing may use these: on the CPU they are empty, and fake tensors say otherwise.
+        b.pool = [v for v in b.pool if v not in statistics]
+        return result
     return b.apply("aten.batch_norm", *arguments, False, 0.1, eps, False)
 
 
