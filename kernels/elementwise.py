@@ -414,17 +414,24 @@ def _mish(call: Call) -> str:
     return f"{x} * ({n} / ({n} + 2))"
 
 
+_WHOLE_POWERS: dict[float, str] = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}"}
+_POWERS: dict[float, str] = _WHOLE_POWERS | {
+    0.5: "sqrt({0})",
+    -0.5: "1 / sqrt({0})",
+    -1: "1 / {0}",
+    -2: "1 / ({0} * {0})",
+}
+
+
 @_rule("pow", (2, 2), _FLOATS | {"int32", "int64"}, cost=4.0)
 def _pow(call: Call) -> str:
-    x, exponent = call.vector(0), call.number(1)
-    text = {0: "{0}", 1: "{1}", 2: "{1} * {1}", 3: "{1} * {1} * {1}"}.get(exponent)
-    if text is None and call.dtype in FLOATING:
-        text = {0.5: "sqrt({1})", -0.5: "1 / sqrt({1})", -1: "1 / {1}", -2: "1 / ({1} * {1})"}.get(
-            exponent
-        )
-    if text is None:
+    exponent = call.number(1)
+    if exponent == 0:
+        return call.literal(1)
+    powers = _POWERS if call.dtype in FLOATING else _WHOLE_POWERS
+    if exponent not in powers:
         raise call.refuse(f"exponent {exponent}")
-    return text.format(call.literal(1), x)
+    return powers[exponent].format(call.vector(0))
 
 
 @_rule("where", (3, 3), _ANY)

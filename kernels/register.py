@@ -42,7 +42,7 @@ FUSED = "fma" in FEATURES or "neon" in FEATURES
 class Vector(types.Type):
     """The Numba type of ``lanes`` values of the scalar type ``element`` in one LLVM vector."""
 
-    def __init__(self, element: types.Type, lanes: int) -> None:
+    def __init__(self, element: Any, lanes: int) -> None:
         self.element = element
         self.lanes = lanes
         super().__init__(name=f"Vector({element}, {lanes})")
@@ -383,22 +383,16 @@ def operation(emit: Callable[..., Register]) -> Any:
 
         return result(*arguments), generate
 
-    arity = emit.__code__.co_argcount
-    if arity == 1:
+    def unary(typing: Any, a: Any) -> Any:
+        return plan((a,))
 
-        def define(typing: Any, a: Any) -> Any:
-            return plan((a,))
+    def binary(typing: Any, a: Any, b: Any) -> Any:
+        return plan((a, b))
 
-    elif arity == 2:
+    def ternary(typing: Any, a: Any, b: Any, c: Any) -> Any:
+        return plan((a, b, c))
 
-        def define(typing: Any, a: Any, b: Any) -> Any:
-            return plan((a, b))
-
-    else:
-
-        def define(typing: Any, a: Any, b: Any, c: Any) -> Any:
-            return plan((a, b, c))
-
+    define: Any = (unary, binary, ternary)[emit.__code__.co_argcount - 1]
     define.__name__ = define.__qualname__ = emit.__name__.lstrip("_")
     define.__module__ = emit.__module__
     define.__doc__ = emit.__doc__
@@ -417,6 +411,7 @@ def _overload(python: Callable[..., Any], emit: Callable[..., Register]) -> None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
         vector = _vector_among(sig.args)
+        assert vector is not None
         return emit(*_registers(context, builder, sig.args, values, vector)).value
 
     if emit.__code__.co_argcount == 1:

@@ -230,7 +230,7 @@ def convert(typing: Any, value: Any, vector: Any) -> Any:
     return kind(value, vector), generate
 
 
-def _bits(element: types.Type) -> Any:
+def _bits(element: Any) -> Any:
     def define(typing: Any, bits: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
             narrow = ir.IntType(element.bitwidth)

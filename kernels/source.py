@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import numba
@@ -79,7 +80,7 @@ def _compile(name: str, text: str, key: str) -> Entry:
     return Entry(compiled.address, name, compiled)
 
 
-def _load(place: Path, name: str, key: str) -> numba.core.ccallback.CFunc:
+def _load(place: Path, name: str, key: str) -> Any:
     specification = importlib.util.spec_from_file_location(f"graphopt_kernel_{key}", place)
     assert specification is not None
     assert specification.loader is not None
