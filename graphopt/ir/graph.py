@@ -118,7 +118,7 @@ class Graph:
         types: dict[Value, Type] = {}
         for value in self._names.values():
             if value.producer is None:
-                types[value] = under(value.type, value.free, sizes)
+                types[value] = free_sizes.type_under(value.type, value.free, sizes)
 
         def type_of(leaf: Any) -> Any:
             return types[leaf] if isinstance(leaf, Value) else leaf
@@ -140,7 +140,7 @@ class Graph:
             free: size expression per free dimension, such as ``{0: "batch"}``.
         """
         free = dict(free or {})
-        types = [under(type, free, assignment) for assignment in self.assignments]
+        types = [free_sizes.type_under(type, free, assignment) for assignment in self.assignments]
         if types[0] != type:
             raise GraphError(f"input {name}: {type} does not fit the example's sizes {self.sizes}")
         with self.edit():
@@ -625,17 +625,6 @@ class Graph:
         if len({len(types) for types in per_assignment}) != 1:
             raise GraphError(f"{operator.name}: the number of results depends on a free size")
         return list(zip(*per_assignment, strict=True))
-
-
-def under(type: Type, free: Mapping[int, str], sizes: Mapping[str, int]) -> Type:
-    """The type of an input under an assignment of the free sizes."""
-    if not free or not isinstance(type, TensorType):
-        return type
-    shape = [
-        free_sizes.evaluate(free[dimension], sizes) if dimension in free else size
-        for dimension, size in enumerate(type.shape)
-    ]
-    return TensorType(type.dtype, tuple(shape))
 
 
 def _check_tensor(tensor: Any, name: str) -> None:

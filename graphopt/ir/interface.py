@@ -41,6 +41,14 @@ class Interface:
     out_spec: pytree.TreeSpec
     parameters: tuple[str, ...] = ()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Structures are pickled as trees of numbers: torch's specifications warn when pickled.
+        trees = [
+            pytree.tree_unflatten([0] * spec.num_leaves, spec)
+            for spec in (self.in_spec, self.out_spec)
+        ]
+        return _restore, (*trees, self.leaves, self.parameters)
+
     @staticmethod
     def canonical(
         parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -87,6 +95,13 @@ class Interface:
     def result(self, outputs: Sequence[Any]) -> Any:
         """The graph's flat outputs in the structure that the model returns."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def _restore(
+    in_tree: Any, out_tree: Any, leaves: tuple[Any, ...], parameters: tuple[str, ...]
+) -> Interface:
+    specs = pytree.tree_structure(in_tree), pytree.tree_structure(out_tree)
+    return Interface(specs[0], leaves, specs[1], parameters)
 
 
 def same_leaves(a: Sequence[Any], b: Sequence[Any]) -> bool:

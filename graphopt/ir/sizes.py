@@ -11,6 +11,7 @@ from types import CodeType
 from typing import Any
 
 from graphopt.errors import GraphError
+from graphopt.ir.types import TensorType, Type
 
 _FUNCTIONS: dict[str, Any] = {
     "math": math,
@@ -142,3 +143,14 @@ def bind(
                     f"but {expression} is {expected}"
                 )
     return sizes
+
+
+def type_under(type: Type, free: Mapping[int, str], sizes: Mapping[str, int]) -> Type:
+    """The type of an input under an assignment of the free sizes."""
+    if not free or not isinstance(type, TensorType):
+        return type
+    shape = [
+        evaluate(free[dimension], sizes) if dimension in free else size
+        for dimension, size in enumerate(type.shape)
+    ]
+    return TensorType(type.dtype, tuple(shape))
