@@ -325,10 +325,7 @@ class _Call:
         interface = graph.interface
         assert interface is not None
         self._spec = interface.out_spec
-        self._literals = [
-            None if plan.is_computed[position] else output
-            for position, output in enumerate(graph.outputs)
-        ]
+        self._literals = plan.literals
         self._computed = plan.is_computed
 
     def __call__(self, *tensors: torch.Tensor) -> Any:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,10 @@ from graphopt.kernels.registry import Candidate
 
 ALONE_BELOW = 40e-6
 """Seconds of work under which waking another thread costs more than it brings."""
+
+
+COMPUTED = object()
+"""Stands among a plan's literals for an output that the program computes."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class Plan:
         run: takes the graph's inputs as tensors, returns the outputs that are computed.
         sizes: the assignment.
         steps: kernels and call-backs in order.
-        is_computed: for each output of the graph, whether ``run`` returns it; the others are
-            literals.
+        is_computed: for each output of the graph, whether ``run`` returns it.
+        literals: for each output of the graph that is not computed, its value; sizes are numbers.
         packed: constants as kernels want them, by kernel and constants.
     """
 
@@ -58,13 +63,15 @@ class Plan:
         sizes: Mapping[str, int],
         steps: Sequence[PlanStep],
         packed: dict[tuple[object, ...], list[np.ndarray]],
+        literals: Sequence[Any],
     ) -> None:
         self.graph = graph
         self.run = program
         self.sizes = dict(sizes)
         self.steps = tuple(steps)
         self.packed = packed
-        self.is_computed = tuple(isinstance(output, Value) for output in graph.outputs)
+        self.literals = tuple(literals)
+        self.is_computed = tuple(literal is COMPUTED for literal in literals)
 
     @property
     def call_backs(self) -> tuple[PlanStep, ...]:
@@ -130,15 +137,17 @@ def compile_graph(
             assert isinstance(kind, TensorType)
             writer.declare(work, value, kind)
         writer.add(work)
+    literals: list[Any] = []
     for output in graph.outputs:
-        if isinstance(output, Value):
-            kind = types[output]
-            if isinstance(kind, ScalarType):
-                raise Error(f"the graph returns the number %{output.name}")
+        kind = types[output] if isinstance(output, Value) else None
+        if isinstance(kind, TensorType):
             writer.builder.add_output(output)
+            literals.append(COMPUTED)
+        else:
+            literals.append(kind.value if isinstance(kind, ScalarType) else output)
     selecting.save()
     program = writer.builder.build(threads, alone_below=ALONE_BELOW)
-    return Plan(graph, program, sizes, writer.steps, writer.packed)
+    return Plan(graph, program, sizes, writer.steps, writer.packed, literals)
 
 
 def _read(work: Work) -> tuple[Value, ...]:
