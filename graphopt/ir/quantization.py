@@ -8,6 +8,8 @@ a ``block_size`` they have x's rank and one element per block of that many along
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _SCHEMA = (
@@ -27,9 +29,17 @@ def _along(
     """A scale or zero point, broadcastable to x."""
     if axis is None:
         return parameter.reshape(())
+    size = x.shape[axis]
+    wanted = list(x.shape) if block_size is not None else [size]
     if block_size is not None:
-        repeated = parameter.repeat_interleave(block_size, dim=axis)
-        return repeated.narrow(axis, 0, x.shape[axis])
+        wanted[axis] = -(-size // block_size)
+    if list(parameter.shape) != wanted:
+        raise ValueError(
+            f"a scale or zero point of shape {list(parameter.shape)} does not fit a tensor of "
+            f"shape {list(x.shape)} along axis {axis}; it must be {wanted}"
+        )
+    if block_size is not None:
+        return parameter.repeat_interleave(block_size, dim=axis).narrow(axis, 0, size)
     shape = [1] * x.dim()
     shape[axis] = -1
     return parameter.reshape(shape)
@@ -69,22 +79,21 @@ def dequantize(
     return steps.to(scale.dtype) * _along(scale, x, axis, block_size)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Straight-through estimator: the gradient passes where the value is not clamped."""
+def _fake_quantize(x: torch.Tensor, *parameters: Any) -> torch.Tensor:
+    return dequantize(quantize(x, *parameters), *parameters)
 
-    @staticmethod
-    def forward(ctx, x, *parameters):  # type: ignore[no-untyped-def]
-        scale, zero_point, axis, quant_min, quant_max, _, block_size = parameters
-        steps = torch.round(x / _along(scale, x, axis, block_size))
-        if zero_point is not None:
-            steps = steps + _along(zero_point, x, axis, block_size).to(steps.dtype)
-        ctx.save_for_backward((steps >= quant_min) & (steps <= quant_max))
-        return dequantize(quantize(x, *parameters), *parameters)
 
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, *[None] * 7
+def _remember_clamped(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, scale, zero_point, axis, quant_min, quant_max, _, block_size = inputs
+    steps = torch.round(x / _along(scale, x, axis, block_size))
+    if zero_point is not None:
+        steps = steps + _along(zero_point, x, axis, block_size).to(steps.dtype)
+    ctx.save_for_backward((steps >= quant_min) & (steps <= quant_max))
+
+
+def _straight_through(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (inside,) = ctx.saved_tensors
+    return gradient * inside, *[None] * 7
 
 
 def fake_quantize(
@@ -97,29 +106,21 @@ def fake_quantize(
     dtype: torch.dtype,
     block_size: int | None = None,
 ) -> torch.Tensor:
-    """``dequantize(quantize(x))``, float to float, with a straight-through gradient for x."""
-    result: torch.Tensor = _FakeQuantize.apply(
+    """``dequantize(quantize(x))``, float to float; the gradient passes where x is not clamped."""
+    result: torch.Tensor = torch.ops.graphopt.fake_quantize(
         x, scale, zero_point, axis, quant_min, quant_max, dtype, block_size
     )
     return result
 
 
-_library.impl("quantize", quantize, "CompositeExplicitAutograd")
-_library.impl("dequantize", dequantize, "CompositeExplicitAutograd")
-_library.impl("fake_quantize", fake_quantize, "Autograd")
-_library.impl("fake_quantize", lambda x, *p: dequantize(quantize(x, *p), *p), "CPU")
-
-
-@torch.library.register_fake(f"{NAMESPACE}::quantize")
-def _(x, scale, zero_point, axis, quant_min, quant_max, dtype, block_size=None):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::dequantize")
-def _(x, scale, zero_point, axis, quant_min, quant_max, dtype, block_size=None):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape, dtype=scale.dtype)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::fake_quantize")
-def _(x, scale, zero_point, axis, quant_min, quant_max, dtype, block_size=None):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+for _name, _function in (
+    ("quantize", quantize),
+    ("dequantize", dequantize),
+    ("fake_quantize", _fake_quantize),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    # Running the function itself on fake tensors checks the operands' shapes too.
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _function, lib=_library)
+torch.library.register_autograd(
+    f"{NAMESPACE}::fake_quantize", _straight_through, setup_context=_remember_clamped, lib=_library
+)
