@@ -29,7 +29,7 @@ def test_golden_before():
       %bn: f32[2, 2, 4, 4] = aten.batch_norm(%conv, %bn.weight, %bn.bias, %bn.running_mean, %bn.running_var, False, 0.1, 1.0, True)  # bn
       return %bn
     }
-    """
+    """  # noqa: E501
     graph = Graph.from_text(text)
     Pipeline([FoldBatchNorm()]).run(graph)
     assert (
@@ -55,7 +55,7 @@ def test_golden_after():
       %fc: f32[2, 1] = aten.linear(%bn, %fc.weight, %fc.bias)
       return %fc
     }
-    """
+    """  # noqa: E501
     graph = Graph.from_text(text)
     Pipeline([FoldBatchNorm()]).run(graph)
     assert (
