@@ -97,12 +97,13 @@ def _run(operator: Operator, operands: Mapping[str, Any]) -> tuple[tuple[Type, .
         raise GraphError(f"{operator.name}({described}) is not valid: {reason}") from error
     finally:
         _torch_log.disabled = silent
+    types = tuple(_type_of(operator, result) for result in results)
     storages = {tensor.untyped_storage()._cdata for tensor in tensors}
     aliases = any(
         isinstance(result, torch.Tensor) and result.untyped_storage()._cdata in storages
         for result in results
     )
-    return tuple(_type_of(operator, result) for result in results), aliases
+    return types, aliases
 
 
 @functools.cache

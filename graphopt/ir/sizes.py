@@ -127,7 +127,9 @@ def bind(
     """
     sizes: dict[str, int] = {}
     wanted = set(names)
-    for shape, free in zip(shapes, expressions, strict=True):
+    for index, (shape, free) in enumerate(zip(shapes, expressions, strict=True)):
+        if free and max(free) >= len(shape):
+            raise GraphError(f"input {index} has rank {len(shape)} and no dimension {max(free)}")
         for dimension, expression in free.items():
             if expression in wanted:
                 sizes.setdefault(expression, shape[dimension])
