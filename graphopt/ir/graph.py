@@ -403,6 +403,14 @@ class Graph:
         copy.version = self.version
         return copy
 
+    def restore(self, snapshot: Graph) -> None:
+        """Become what a clone is, which is used up by it."""
+        for value in snapshot._names.values():
+            value.graph = self
+        for node in snapshot._walk():
+            node.graph = self
+        self.__dict__.update(snapshot.__dict__)
+
     def verify(self) -> None:
         """Check everything that must hold of a graph. Raises GraphError, naming the node."""
         from graphopt.ir.verifier import verify

@@ -241,6 +241,7 @@ def _try(graph: Graph, rule: Rule, found: Match) -> list[Node] | Decline:
             for node in sorted(found.nodes, key=lambda node: node._key, reverse=True):
                 if node in graph and not any(v.users or v.is_output for v in node.outputs):
                     graph.erase(node)
+            _keep_names(old, new, added)
     except _Declined as declined:
         return declined.decline
     except GraphError as error:
@@ -268,6 +269,13 @@ def _substitute(graph: Graph, old: list[Value], new: list[Any]) -> None:
             raise GraphError(
                 f"the replacement %{after.name} is {_types(after)}, not {_types(before)}"
             )
+
+
+def _keep_names(old: list[Value], new: list[Any], added: list[Node]) -> None:
+    """A made value that replaces another takes its name, so that equal names mean equal values."""
+    for before, after in zip(old, new, strict=True):
+        if after is not None and after.producer in added and before.producer not in before.graph:
+            after.graph.rename(after, before.name)
 
 
 def _origin(node: Node, found: Match, made_by: str) -> Origin:

@@ -33,8 +33,8 @@ graph(%x: f32[batch=2, 2, 3]) {
   %bn.scale: f32[2, 1] = constant [[1.5], [1.0]]
   %mul: f32[2, 2, 3] = aten.mul.Tensor(%x, %bn.scale)  # bn by decompose-batch-norm
   %bn.shift: f32[2, 1] = constant [[3.5], [4.0]]
-  %add: f32[2, 2, 3] = aten.add.Tensor(%mul, %bn.shift)  # bn by decompose-batch-norm
-  return %add
+  %bn: f32[2, 2, 3] = aten.add.Tensor(%mul, %bn.shift)  # bn by decompose-batch-norm
+  return %bn
 }"""
     )
 
