@@ -8,8 +8,14 @@ from typing import Any
 
 from graphopt.engine.work import Scope
 from graphopt.ir import Node, Value
-from graphopt.kernels.expression import Expression
-from graphopt.kernels.problem import Operand, Problem, ReductionProblem
+from graphopt.kernels.expression import Expression, Instruction, Literal, Ref
+from graphopt.kernels.problem import (
+    ConstantOperand,
+    ConvolutionProblem,
+    Operand,
+    Problem,
+    ReductionProblem,
+)
 
 MakeProblem = Callable[[Expression | None, tuple[Operand, ...]], Problem | None]
 
@@ -23,6 +29,7 @@ class Layer:
         inputs: the values of the problem's first inputs.
         make: the problem, given an epilogue (its first input is the layer's result, the others
             are further inputs of the problem) and the operands of those others.
+        bias: is added to the result before anything else, per channel.
         takes_epilogue: whether elementwise nodes may follow inside the kernel.
     """
 
@@ -30,11 +37,50 @@ class Layer:
     output: Value
     inputs: tuple[Value, ...]
     make: MakeProblem
+    bias: Value | None = None
     takes_epilogue: bool = False
 
     def problem(self, epilogue: Expression | None, extra: Sequence[Value]) -> Problem | None:
         """The problem with an epilogue; None where the kernels do not take it."""
-        return self.make(epilogue, tuple(self.scope.operand(value) for value in extra))
+        rank = len(self.scope.shape(self.output))
+        operands = tuple(_with_rank(self.scope.operand(value), rank) for value in extra)
+        if self.bias is not None:
+            epilogue = _after_bias(epilogue, len(extra))
+            operands = (*operands, self.scope.operand(self.bias))
+        return self.make(epilogue, operands)
+
+    def values(self, extra: Sequence[Value]) -> tuple[Value, ...]:
+        """The value of each of the problem's inputs."""
+        bias = () if self.bias is None else (self.bias,)
+        return (*self.inputs, *extra, *bias)
+
+
+def _with_rank(operand: Operand, rank: int) -> Operand:
+    """An operand with leading sizes of 1; one of rank 1 would mean an element per channel."""
+    missing = rank - len(operand.shape)
+    plain = Operand.plain(operand.dtype, (1,) * missing + operand.shape)
+    if isinstance(operand, ConstantOperand):
+        return ConstantOperand(plain.shape, plain.layout, operand.digest)
+    return plain
+
+
+def _after_bias(epilogue: Expression | None, extra: int) -> Expression:
+    """An epilogue that adds a bias, its last input, before it does anything else."""
+    old = epilogue or Expression(("float32",), (), (Ref(0),))
+    bias, biased = extra + 1, extra + 2
+
+    def moved(operand: Ref | Literal) -> Ref | Literal:
+        if not isinstance(operand, Ref):
+            return operand
+        if operand.index == 0:
+            return Ref(biased)
+        return operand if operand.index <= extra else Ref(operand.index + 2)
+
+    body = [Instruction("add", (Ref(0), Ref(bias)), "float32")]
+    for step in old.instructions:
+        body.append(Instruction(step.op, tuple(map(moved, step.operands)), step.dtype))
+    results = tuple(Ref(moved(result).index) for result in old.results)  # type: ignore[union-attr]
+    return Expression((*old.inputs, "float32"), tuple(body), results)
 
 
 Rule = Callable[[Scope, Node], "Layer | None"]
@@ -51,6 +97,52 @@ def layer_rule(*ops: str) -> Callable[[Rule], Rule]:
         return rule
 
     return add
+
+
+@layer_rule(
+    "aten.conv1d", "aten.conv2d", "aten.conv1d.padding", "aten.conv2d.padding", "aten.convolution"
+)
+def _convolution(scope: Scope, node: Node) -> Layer | None:
+    x, weight, bias = node["input"], node["weight"], node["bias"]
+    if not scope.all_float32(x, weight, bias) or not weight.is_constant:
+        return None
+    spatial = len(scope.shape(weight)) - 2
+    if len(scope.shape(x)) != spatial + 2:
+        return None
+    if node.op == "aten.convolution" and (node["transposed"] or any(node["output_padding"])):
+        return None
+    dilation = _per_dimension(scope, node["dilation"], spatial)
+    padding = _padding(scope, node, scope.shape(weight)[2:], dilation)
+    stride = _per_dimension(scope, node["stride"], spatial)
+    groups = scope.literal(node["groups"])
+    operands = (scope.operand(x), scope.operand(weight))
+    result = scope.operand(node.output)
+
+    def make(epilogue: Expression | None, extra: tuple[Operand, ...]) -> Problem | None:
+        inputs = (*operands, *extra)
+        return ConvolutionProblem(inputs, (result,), stride, padding, dilation, groups, epilogue)
+
+    return Layer(scope, node.output, (x, weight), make, bias, takes_epilogue=True)
+
+
+def _per_dimension(scope: Scope, given: Any, count: int) -> tuple[int, ...]:
+    numbers = scope.literal(given)
+    if isinstance(numbers, int):
+        numbers = [numbers]
+    return tuple(numbers) * count if len(numbers) == 1 else tuple(numbers)
+
+
+def _padding(
+    scope: Scope, node: Node, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Zeros before and after each spatial dimension."""
+    given = node["padding"]
+    if given == "valid":
+        return ((0, 0),) * len(kernel)
+    if given == "same":
+        reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in reach)
+    return tuple((n, n) for n in _per_dimension(scope, given, len(kernel)))
 
 
 _REDUCTIONS = {

@@ -250,7 +250,7 @@ def _finish_layer(scope: Scope, unit: Unit, layer: Layer) -> KernelWork:
         extra = inputs[1:]
     problem = layer.problem(expression, extra)
     assert problem is not None
-    return KernelWork(problem, (*layer.inputs, *extra), (unit.result,), tuple(unit.nodes))
+    return KernelWork(problem, layer.values(extra), (unit.result,), tuple(unit.nodes))
 
 
 def _ordered(units: list[Unit]) -> list[Unit]:

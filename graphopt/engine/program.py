@@ -201,7 +201,7 @@ class Program:
         self._has_call_backs = any(isinstance(stage, CallBack) for stage in code.stages)
         # Bounded: what does not fit falls out at the other end.
         self._contexts: deque[Context] = deque(maxlen=max(2, 2 * default_threads()))
-        self._run = self._run_single if self._is_single() else self._run_any
+        self._single = self._is_single()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the program. Safe to call from any number of threads.
@@ -218,7 +218,7 @@ class Program:
             GraphError: torch returns something else than the graph says in a call-back. What torch
                 itself raises in a call-back passes through, with a note that names the call-back.
         """
-        return self._run(*inputs)
+        return self._run_single(*inputs) if self._single else self._run_any(*inputs)
 
     def profile(self, inputs: Sequence[Tensor], repeats: int = 5) -> list[tuple[str, float]]:
         """Label and median time in seconds of each kernel and call-back, in order of execution.

@@ -103,7 +103,8 @@ class Team:
                 time.sleep(0.001)
             walker.command(self.address, len(self._threads), walker.STOP)
             for thread in self._threads:
-                thread.join(1.0)
+                if thread.is_alive():
+                    thread.join(1.0)
 
     def reset(self) -> None:
         """Forget workers that a fork left in the parent process. The address stays the same."""
@@ -132,8 +133,14 @@ class Team:
         started = threading.Thread(
             target=walker.serve, args=(self.address, thread), name=f"graphopt-{thread}", daemon=True
         )
-        started.start()
+        # Counted before it starts: were the start interrupted, a second worker with this number
+        # must not follow.
         self._threads.append(started)
+        try:
+            started.start()
+        except RuntimeError:
+            self._threads.pop()
+            raise
 
 
 @functools.cache
