@@ -24,7 +24,7 @@ from graphopt.kernels.loops import (
     indent,
     kernel_text,
 )
-from graphopt.kernels.pointwise import BYTES_PER_SECOND, WORTH_SHARING, ElementwiseLoop
+from graphopt.kernels.pointwise import WORTH_SHARING, ElementwiseLoop, transfer_time
 from graphopt.kernels.problem import ITEM_BYTES, CopyProblem, Layout, Operand, Piece
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
 
@@ -158,7 +158,7 @@ class CopyCandidate(Candidate):
         dtype = self.problem.outputs[0].dtype
         width = ITEM_BYTES[dtype]
         moved = 2 * width * math.prod(piece.shape)
-        parallel = threads > 1 and moved / BYTES_PER_SECOND > WORTH_SHARING
+        parallel = threads > 1 and transfer_time(moved) > WORTH_SHARING
         team = threads if parallel else 1
         order = sorted(range(len(piece.shape)), key=lambda axis: -abs(piece.target_strides[axis]))
         nest = collapse(piece.shape, (piece.source_strides, piece.target_strides), order)
@@ -194,7 +194,7 @@ def candidates(problem: CopyProblem) -> list[Candidate]:
     covered = sum(math.prod(piece.shape) for piece in problem.pieces)
     if covered != problem.outputs[0].size:
         raise ValueError("the pieces of a copy do not cover its output")
-    estimate = problem.bytes / BYTES_PER_SECOND + 1e-7 * len(problem.pieces)
+    estimate = transfer_time(problem.bytes) + 1e-7 * len(problem.pieces)
     return [CopyCandidate("copy", problem, estimate)]
 
 

@@ -29,10 +29,9 @@ from graphopt.kernels.loops import (
 )
 from graphopt.kernels.problem import ITEM_BYTES, PointwiseProblem
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
+from graphopt.kernels.simd import LANES
 
-BYTES_PER_SECOND = 1.2e10
 CYCLES_PER_SECOND = 3e9
-ESTIMATED_LANES = 8
 WORTH_SHARING = 3e-6
 """Seconds of work from which a team of threads is used."""
 
@@ -58,6 +57,11 @@ class PointwiseCandidate(Candidate):
         return (Step(entry, loop.arguments(threads if parallel else 1), parallel),)
 
 
+def transfer_time(size: int) -> float:
+    """Seconds to move ``size`` bytes, roughly: through a cache, or where too many, from memory."""
+    return size / (5e10 if size < 8 * 2**20 else 1.5e10)
+
+
 @register(PointwiseProblem)
 def candidates(problem: PointwiseProblem) -> list[Candidate]:
     """The fused loop; none where an operator of the expression has no exact kernel text."""
@@ -71,8 +75,8 @@ def candidates(problem: PointwiseProblem) -> list[Candidate]:
     strides = [broadcast_strides(operand.shape, operand.strides, shape) for operand in operands]
     nest = collapse(shape, strides, problem.outputs[0].layout.order)
     arithmetic = cost(problem.expression) + 1.5 * len(operands)
-    vectors = math.ceil(nest.inner / ESTIMATED_LANES) * nest.rows + 2 * nest.rows
-    estimate = max(problem.bytes / BYTES_PER_SECOND, vectors * arithmetic / CYCLES_PER_SECOND, 1e-8)
+    vectors = math.ceil(nest.inner / LANES) * nest.rows + 2 * nest.rows
+    estimate = max(transfer_time(problem.bytes), vectors * arithmetic / CYCLES_PER_SECOND, 1e-8)
     name = "pointwise " + "+".join(step.op for step in problem.expression.instructions)
     return [PointwiseCandidate(name, problem, estimate, nest)]
 

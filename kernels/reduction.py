@@ -26,12 +26,7 @@ from graphopt.kernels.loops import (
     indent,
     kernel_text,
 )
-from graphopt.kernels.pointwise import (
-    BYTES_PER_SECOND,
-    CYCLES_PER_SECOND,
-    ESTIMATED_LANES,
-    WORTH_SHARING,
-)
+from graphopt.kernels.pointwise import CYCLES_PER_SECOND, WORTH_SHARING, transfer_time
 from graphopt.kernels.problem import ITEM_BYTES, ReductionProblem
 from graphopt.kernels.registry import Candidate, Input, Output, Step, register
 from graphopt.kernels.simd import LANES
@@ -83,9 +78,9 @@ def candidates(problem: ReductionProblem) -> list[Candidate]:
     across = reduced.strides[0][-1] != 1
     if across and (kept.strides[0][-1] != 1 or kept.strides[1][-1] != 1):
         return []
-    trips = math.prod(kept.sizes) * math.prod(reduced.sizes) / ESTIMATED_LANES
+    trips = math.prod(kept.sizes) * math.prod(reduced.sizes) / LANES
     cycles = trips * (1.5 + sum(map(cost, expressions))) + 20 * math.prod(kept.sizes)
-    estimate = max(operand.bytes / BYTES_PER_SECOND, cycles / CYCLES_PER_SECOND)
+    estimate = max(transfer_time(operand.bytes), cycles / CYCLES_PER_SECOND)
     return [ReductionCandidate(problem.operator, problem, estimate, kept, reduced)]
 
 

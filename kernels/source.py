@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
+import pickle
 import platform
 import shutil
 import sys
@@ -27,11 +29,12 @@ from graphopt.kernels.registry import Entry
 
 SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 
-_HELPERS = ("register.py", "memory.py", "simd.py", "elementary.py")
+_HELPERS = ("register.py", "memory.py", "simd.py", "elementary.py", "panel.py", "tile.py")
 """The modules whose content becomes part of every kernel."""
 
 _entries: dict[str, Entry] = {}
 _lock = threading.RLock()
+_compilations = itertools.count()
 
 
 def build(name: str, text: str) -> Entry:
@@ -63,21 +66,24 @@ def _environment() -> str:
 
 def _compile(name: str, text: str, key: str) -> Entry:
     place = cache.path("kernels", key, f"{name}.py")
-    content = text.encode()
-    # An unchanged file keeps its time, by which Numba recognises it.
-    if not place.exists() or place.read_bytes() != content:
-        cache.write(place, content)
     try:
-        compiled = _load(place, name, key)
-    except (EOFError, OSError):
-        # A power failure can leave an index without content, or another process trims the cache.
+        compiled = _load(_written(place, text), name, key)
+    except (EOFError, OSError, pickle.UnpicklingError):
+        # A power failure leaves files without content; another process may trim the cache.
         shutil.rmtree(place.parent, ignore_errors=True)
-        cache.write(place, content)
-        compiled = _load(place, name, key)
-    if compiled.cache_hits == 0:
+        compiled = _load(_written(place, text), name, key)
+    if compiled.cache_hits == 0 and next(_compilations) % 16 == 0:
         cache.trim()
     cache.touch(place.parent)
     return Entry(compiled.address, name, compiled)
+
+
+def _written(place: Path, text: str) -> Path:
+    # An unchanged file keeps its time, by which Numba recognises it.
+    content = text.encode()
+    if not place.exists() or place.read_bytes() != content:
+        cache.write(place, content)
+    return place
 
 
 def _load(place: Path, name: str, key: str) -> Any:

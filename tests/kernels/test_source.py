@@ -73,12 +73,23 @@ def test_the_next_process_loads_it(
     assert compilations() == 2, "machine code for another CPU was taken"
 
 
-def test_a_damaged_entry_is_compiled_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("files", "kept"), [("*.nbi", 0), ("*.nbi", 60), ("*.nbc", 0), ("*.nbc", 900)]
+)
+def test_a_damaged_entry_is_compiled_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, files: str, kept: int
+) -> None:
     source.build("plus", TEXT.format(1))
-    for index in folder.rglob("*.nbi"):
-        index.write_bytes(b"")
-    for file in folder.rglob("*.py"):
-        file.write_text("raise AssertionError")
+    (damaged,) = folder.rglob(files)
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    monkeypatch.setattr(source, "_entries", {})
+    assert value(source.build("plus", TEXT.format(1)), 1) == 2
+
+
+def test_a_changed_file_is_written_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.build("plus", TEXT.format(1))
+    (file,) = folder.rglob("plus.py")
+    file.write_text("raise AssertionError")
     monkeypatch.setattr(source, "_entries", {})
     assert value(source.build("plus", TEXT.format(1)), 1) == 2
 
