@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from graph_builder import Choices
@@ -18,7 +19,8 @@ from random_patterns import PATTERNS
 from random_steps import STEPS, declare_outputs, start
 
 from graphopt import reference
-from graphopt.ir import Graph, Value
+from graphopt.ir import Graph, TensorType, Value
+from graphopt.ir.inference import map_operand
 
 LONGEST_RECIPE = 14
 BYTES_PER_STEP = 16
@@ -40,6 +42,12 @@ class Case:
     recipe: Recipe
     graph: Graph
     inputs: tuple[list[torch.Tensor], ...]
+
+    def in_double(self) -> Case:
+        """The same computation in float64 throughout, so that constants which a pass makes are
+        exact too, and results can be compared tightly."""
+        inputs = tuple([_doubled(tensor) for tensor in tensors] for tensors in self.inputs)
+        return Case(self.recipe, _graph_in_double(self.graph), inputs)
 
     def __repr__(self) -> str:
         return f"{self.recipe}\n{self.graph}"
@@ -80,6 +88,35 @@ def cases(names: Sequence[str] = ()) -> st.SearchStrategy[Case]:
     return recipes(names).map(build)
 
 
+def _doubled(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.double() if leaf.is_floating_point() else leaf
+    if isinstance(leaf, TensorType):
+        return TensorType(_doubled(leaf.dtype), leaf.shape)
+    return torch.float64 if leaf == torch.float32 else leaf
+
+
+def _graph_in_double(graph: Graph) -> Graph:
+    twin = Graph(graph.sizes, graph.guards)
+    values: dict[Value, Value] = {}
+    for value in graph.values:
+        if value.is_input:
+            values[value] = twin.add_input(value.name, _doubled(value.type), value.free)
+        elif value.constant is not None:
+            tensor = _doubled(value.constant)
+            values[value] = twin.constant(tensor, value.name, trainable=value.trainable)
+
+    def convert(leaf: Any) -> Any:
+        return values[leaf] if isinstance(leaf, Value) else _doubled(leaf)
+
+    for node in graph.nodes:
+        operands = {name: map_operand(operand, convert) for name, operand in node.operands.items()}
+        made = twin.add_node(node.op, **node.operator.bind((), operands))
+        values.update(zip(node.outputs, made.outputs, strict=True))
+    twin.set_outputs([convert(output) for output in graph.outputs])
+    return twin
+
+
 # -- the check ------------------------------------------------------------------------------
 
 
@@ -93,15 +130,14 @@ def check(
 ) -> None:
     """Raises AssertionError unless two graphs compute the same.
 
-    Dtypes and shapes must be equal under every assignment of the free sizes; values must agree
-    in float64, relative to the largest of each output, and the float32 execution of the changed
-    graph must come close to that.
+    Types must be equal under every assignment of the free sizes. Values are compared in float64.
+    A pass that makes constants rounds them to the graph's dtype: give it `Case.in_double`.
 
     Args:
         before: the graph as it was.
         after: the graph as it has become.
         inputs: one list of tensors per assignment of the free sizes.
-        tolerance: largest difference relative to the output's largest value (or to 1).
+        tolerance: largest difference, relative to the output's largest value (or to 1).
         bitwise: every bit must agree, the signs of zeros included.
     """
     assert [v.types for v in after.inputs] == [v.types for v in before.inputs]
@@ -110,28 +146,33 @@ def check(
         old_types = old.types if isinstance(old, Value) else old
         new_types = new.types if isinstance(new, Value) else new
         assert new_types == old_types, f"an output was {old_types} and is {new_types}"
-    for tensors in inputs:
+    for k, tensors in enumerate(inputs):
         expected = reference.run(before, tensors, dtype=torch.float64)
-        exact = reference.run(after, tensors, dtype=torch.float64)
-        single = reference.run(after, tensors)
-        plain = reference.run(before, tensors)
-        for position, wanted in enumerate(expected):
+        results = reference.run(after, tensors, dtype=torch.float64)
+        for position, (result, wanted) in enumerate(zip(results, expected, strict=True)):
             where = f"output {position} for {[tuple(t.shape) for t in tensors]}"
-            if not isinstance(wanted, torch.Tensor):
-                assert exact[position] == single[position] == wanted, where
-                continue
-            assert (single[position].dtype, single[position].shape) == (
-                plain[position].dtype,
-                plain[position].shape,
-            ), where
-            _assert_close(exact[position], wanted, tolerance, where)
-            _assert_close(single[position].to(wanted.dtype), wanted, 1e-2, where + " in float32")
-            if bitwise:
-                _assert_bitwise(exact[position], wanted, where)
-                _assert_bitwise(single[position], plain[position], where + " in float32")
+            _assert_close(result, wanted, tolerance, where)
+            if bitwise and isinstance(wanted, torch.Tensor):
+                _assert_bitwise(result, wanted, where)
+        _assert_native(after, tensors, k, expected)
 
 
-def _assert_close(result: torch.Tensor, wanted: torch.Tensor, tolerance: float, where: str) -> None:
+def _assert_native(graph: Graph, tensors: Sequence[torch.Tensor], k: int, expected: Any) -> None:
+    """In its own dtypes, a graph gives results of its types, not far from the exact ones."""
+    results = reference.run(graph, tensors)
+    for output, result, wanted in zip(graph.outputs, results, expected, strict=True):
+        if isinstance(result, torch.Tensor):
+            assert isinstance(output, Value)
+            assert TensorType.of(result) == output.types[k], f"%{output.name}"
+            result = _doubled(result)
+        _assert_close(result, wanted, 1e-2, f"{output} in its own dtype")
+
+
+def _assert_close(result: Any, wanted: Any, tolerance: float, where: str) -> None:
+    if not isinstance(wanted, torch.Tensor):
+        assert type(result) is type(wanted), where
+        assert result == wanted, where
+        return
     assert result.shape == wanted.shape, f"{where}: {result.shape} instead of {wanted.shape}"
     if not wanted.is_floating_point():
         assert torch.equal(result, wanted), where
