@@ -464,6 +464,19 @@ def test_constants_are_shared_not_copied() -> None:
     assert torch.equal(program(torch.ones(6))[0], torch.full((6,), 7.0))
 
 
+@pytest.mark.parametrize("make", [lambda: chain(6, 3, 2), lambda: through_torch(torch.neg)])
+def test_memory_goes_with_the_program(make: Callable[[], Program]) -> None:
+    program = make()
+    program(torch.zeros(6))
+    gone = weakref.ref(program)
+    gc.disable()
+    try:
+        del program
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_profile_names_every_part_in_order() -> None:
     program = through_torch(torch.neg)
     profile = program.profile([torch.ones(6)])
