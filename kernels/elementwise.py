@@ -184,7 +184,7 @@ _lines(
         "square": "{0} * {0}",
     },
 )
-_lines(_ANY, {"minimum": "minimum({0}, {1})", "maximum": "maximum({0}, {1})"}, cost=2.0)
+_lines(_ANY, {"minimum min": "minimum({0}, {1})", "maximum max": "maximum({0}, {1})"}, cost=2.0)
 _lines(_FLOATS, {"reciprocal": "1 / {0}", "sqrt": "sqrt({0})", "rsqrt": "1 / sqrt({0})"}, cost=8.0)
 _lines(
     _FLOATS,

@@ -19,6 +19,12 @@ from graphopt.kernels.simd import LANES
 SETTINGS = [(1, True, 0), (2, False, 8), (3, True, 24)]
 
 
+@pytest.fixture(autouse=True)
+def _always_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems are divided among threads too."""
+    monkeypatch.setattr(copy, "WORTH_SHARING", 0.0)
+
+
 def numbered(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     values = np.arange(int(np.prod(shape))).reshape(shape)
     return values % 2 == 1 if dtype == "bool" else values.astype(dtype)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import solve
 
+from graphopt.kernels import pointwise
 from graphopt.kernels.elementwise import RULES
 from graphopt.kernels.emission import immediate, unsupported
 from graphopt.kernels.expression import Builder, Expression, promote
@@ -19,6 +20,12 @@ from graphopt.kernels.simd import LANES
 
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-39, -1e-39, 1.17549435e-38]
 SPECIAL += [0.5, -0.5, 1.5, 2.5, -2.5, 3.0, -3.0, 6.0, 1e30, -1e30, 3.4e38, 88.8, -88.8, -104.0]
+
+
+@pytest.fixture(autouse=True)
+def _always_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems are divided among threads too."""
+    monkeypatch.setattr(pointwise, "WORTH_SHARING", 0.0)
 
 
 def sample(seed: int = 0, positive: bool = False) -> np.ndarray:

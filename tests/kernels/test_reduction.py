@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import solve
 
+from graphopt.kernels import reduction
 from graphopt.kernels.expression import Builder, Expression
 from graphopt.kernels.problem import Layout, Operand, ReductionProblem
 from graphopt.kernels.registry import candidates
@@ -18,12 +19,18 @@ NUMPY = {"sum": np.sum, "mean": np.mean, "prod": np.prod, "amax": np.max, "amin"
 SETTINGS = [(1, True, 0), (2, False, 8), (3, True, 24)]
 
 
+@pytest.fixture(autouse=True)
+def _always_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems are divided among threads too."""
+    monkeypatch.setattr(reduction, "WORTH_SHARING", 0.0)
+
+
 def unary(op: str, *rest: float, source: str = "float32", dtype: str = "float32") -> Expression:
     builder = Builder()
     return builder.finish(builder.apply(op, builder.input(source), *rest, dtype=dtype))
 
 
-def reduction(
+def problem_of(
     operator: str, x: np.ndarray, dimensions: tuple[int, ...], dtype: str = "", **rest: object
 ) -> ReductionProblem:
     shape = tuple(1 if axis in dimensions else size for axis, size in enumerate(x.shape))
@@ -65,7 +72,7 @@ def test_reductions(operator: str, shape: tuple, dimensions: tuple) -> None:
     scale = np.sum(np.abs(x.astype(np.float64)), axis=dimensions, keepdims=True)
     scale = {"sum": scale, "mean": scale / count, "prod": np.abs(exact) * count}.get(operator, 0)
     for threads, at_end, offset in SETTINGS:
-        (result,) = solve(reduction(operator, x, dimensions), [x], threads, at_end, offset)
+        (result,) = solve(problem_of(operator, x, dimensions), [x], threads, at_end, offset)
         # Rounding of sums: one unit for each of the terms that meet in one lane, at most.
         assert (np.abs(result - exact) <= 12 * 2.0**-24 * scale).all()
 
@@ -73,8 +80,8 @@ def test_reductions(operator: str, shape: tuple, dimensions: tuple) -> None:
 def test_long_sums_stay_as_accurate_as_torchs() -> None:
     x = np.random.default_rng(0).uniform(0, 1, (3, 1_000_003)).astype(np.float32)
     exact = x.sum(1, dtype=np.float64, keepdims=True)
-    along = solve(reduction("sum", x, (1,)), [x])[0]
-    across = solve(reduction("sum", x.T.copy(), (0,)), [x.T.copy()])[0].T
+    along = solve(problem_of("sum", x, (1,)), [x])[0]
+    across = solve(problem_of("sum", x.T.copy(), (0,)), [x.T.copy()])[0].T
     torchs = torch.tensor(x).sum(1, keepdim=True).numpy()
     allowed = 2 * np.abs(torchs - exact).max() + exact * 2.0**-23
     assert (np.abs(along - exact) <= allowed).all()
@@ -86,7 +93,7 @@ def test_long_sums_stay_as_accurate_as_torchs() -> None:
 def test_special_values(operator: str, dimension: int) -> None:
     x = np.full((3, 2 * LANES + 5), -0.0, np.float32)
     x[0, 3], x[1, -1], x[2, 1], x[2, 2] = np.nan, np.inf, -np.inf, 1e-45
-    (result,) = solve(reduction(operator, x, (dimension,)), [x], 2)
+    (result,) = solve(problem_of(operator, x, (dimension,)), [x], 2)
     function = getattr(torch, operator)
     expected = function(torch.tensor(x), dimension, keepdim=True).numpy()
     np.testing.assert_array_equal(result, expected)
@@ -98,7 +105,7 @@ def test_extrema_of_other_dtypes(operator: str, dtype: str) -> None:
     x = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 120, (5, 2 * LANES + 1))
     x = x.astype(dtype) if dtype in ("uint8", "bool") else (x - 60).astype(dtype)
     for dimension in (0, 1):
-        (result,) = solve(reduction(operator, x, (dimension,)), [x])
+        (result,) = solve(problem_of(operator, x, (dimension,)), [x])
         np.testing.assert_array_equal(result, NUMPY[operator](x, dimension, keepdims=True))
 
 
@@ -106,17 +113,17 @@ def test_integers_are_summed_in_the_prologues_dtype() -> None:
     x = np.random.default_rng(0).integers(0, 2, (7, 2 * LANES + 1)).astype(bool)
     widen = unary("to", source="bool", dtype="int64")
     for dimension in (0, 1):
-        problem = reduction("sum", x, (dimension,), "int64", prologue=widen)
+        problem = problem_of("sum", x, (dimension,), "int64", prologue=widen)
         (result,) = solve(problem, [x])
         np.testing.assert_array_equal(result, x.sum(dimension, keepdims=True))
 
 
 def test_empty_reductions() -> None:
     x = np.empty((3, 0), np.float32)
-    np.testing.assert_array_equal(solve(reduction("sum", x, (1,)), [x])[0], np.zeros((3, 1)))
-    np.testing.assert_array_equal(solve(reduction("prod", x, (1,)), [x])[0], np.ones((3, 1)))
-    assert np.isnan(solve(reduction("mean", x, (1,)), [x])[0]).all()
-    assert candidates(reduction("amax", x, (1,))) == []
+    np.testing.assert_array_equal(solve(problem_of("sum", x, (1,)), [x])[0], np.zeros((3, 1)))
+    np.testing.assert_array_equal(solve(problem_of("prod", x, (1,)), [x])[0], np.ones((3, 1)))
+    assert np.isnan(solve(problem_of("mean", x, (1,)), [x])[0]).all()
+    assert candidates(problem_of("amax", x, (1,))) == []
 
 
 @pytest.mark.parametrize("dimensions", [(1,), (2,), (1, 2)])
@@ -125,7 +132,7 @@ def test_a_norm_is_one_kernel(dimensions: tuple[int, ...]) -> None:
     root = Builder()
     shifted = root.apply("add", root.input(), 1e-6)
     epilogue = root.finish(root.apply("rsqrt", shifted))
-    problem = reduction("mean", x, dimensions, prologue=unary("square"), epilogue=epilogue)
+    problem = problem_of("mean", x, dimensions, prologue=unary("square"), epilogue=epilogue)
     exact = 1 / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=dimensions, keepdims=True) + 1e-6)
     for threads in (1, 2):
         np.testing.assert_allclose(solve(problem, [x], threads)[0], exact, rtol=5e-7)
@@ -133,7 +140,7 @@ def test_a_norm_is_one_kernel(dimensions: tuple[int, ...]) -> None:
 
 def test_lanes_beyond_the_end_are_not_seen_by_the_prologue() -> None:
     x = np.zeros(LANES + 1, np.float32)
-    (result,) = solve(reduction("sum", x, (0,), prologue=unary("cos")), [x])
+    (result,) = solve(problem_of("sum", x, (0,), prologue=unary("cos")), [x])
     assert result[0] == LANES + 1
 
 
@@ -152,9 +159,9 @@ def test_dropped_dimensions_and_other_layouts() -> None:
 
 def test_what_is_not_this_familys_is_declined_or_refused() -> None:
     x = np.zeros((2, 3), np.int64)
-    assert candidates(reduction("mean", x, (1,))) == []
-    assert candidates(reduction("median", x, (1,))) == []
-    assert candidates(reduction("sum", x, (1,), prologue=unary("lgamma"))) == []
+    assert candidates(problem_of("mean", x, (1,))) == []
+    assert candidates(problem_of("median", x, (1,))) == []
+    assert candidates(problem_of("sum", x, (1,), prologue=unary("lgamma"))) == []
     operand = Operand.plain("float32", (2, 3))
     with pytest.raises(ValueError, match="reduced over"):
         candidates(ReductionProblem("sum", (1,), (operand,), (operand,)))
