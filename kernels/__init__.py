@@ -3,7 +3,7 @@
 Importing this package registers the built-in families. `registry` says how to write another.
 """
 
-from graphopt.kernels import copy, pointwise, reduction
+from graphopt.kernels import convolution, copy, pointwise, reduction
 from graphopt.kernels.registry import candidates
 
-__all__ = ["candidates", "copy", "pointwise", "reduction"]
+__all__ = ["candidates", "convolution", "copy", "pointwise", "reduction"]

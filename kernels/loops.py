@@ -152,16 +152,10 @@ def indent(levels: int, lines: Iterable[str]) -> list[str]:
     return ["    " * levels + line for line in lines]
 
 
-def kernel_text(arguments: Arguments, body: Iterable[str]) -> str:
-    """A kernel's module."""
+def kernel_text(
+    arguments: Arguments, body: Iterable[str], vocabulary: Sequence[str] = ("elementary", "simd")
+) -> str:
+    """A kernel's module; ``vocabulary`` lists the modules here whose names it uses."""
+    imports = [f"from graphopt.kernels.{module} import *" for module in vocabulary]
     lines = ["def kernel(arguments, thread, threads):", *indent(1, arguments.read())]
-    return _HEADER + "\n".join([*lines, *indent(1, body)]) + "\n"
-
-
-_HEADER = """import math
-
-from graphopt.kernels.elementary import *
-from graphopt.kernels.simd import *
-
-
-"""
+    return "\n".join(["import math", "", *imports, "", "", *lines, *indent(1, body)]) + "\n"

@@ -17,7 +17,6 @@ from graphopt.kernels.memory import (
     load_masked,
     store,
     store_masked,
-    transpose_corner,
 )
 from graphopt.kernels.register import FLOAT32, LANES
 from graphopt.kernels.simd import mask_first

@@ -9,7 +9,7 @@ After the last block the epilogue runs over the tile, which is still in the firs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,36 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from graphopt.kernels.emission import emit
+from graphopt.kernels.emission import emit, unsupported
 from graphopt.kernels.expression import Expression
-from graphopt.kernels.loops import Arguments, indent
-from graphopt.kernels.problem import ITEM_BYTES
-from graphopt.kernels.register import Register, Vector, call, splat
+from graphopt.kernels.loops import indent
+from graphopt.kernels.problem import ITEM_BYTES, Operand
+from graphopt.kernels.register import LANES, Register, Vector, call, splat
 
 _INT64 = ir.IntType(64)
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows, and vectors of columns, that a register tile has."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @property
+    def cycles(self) -> float:
+        """Cycles per step of the depth: two multiplications or loads each."""
+        return max(self.height * self.width, self.height + self.width) / 2
+
+
+VOCABULARY = ("elementary", "panel", "simd", "tile")
+"""Modules whose names the kernels use that are made of tiles."""
+
+TILES = (TileShape(8, 3), TileShape(6, 4)) if LANES == 16 else (TileShape(4, 3), TileShape(6, 2))
+"""Shapes whose accumulators and columns fit the registers."""
 
 
 def _number(value: int) -> ir.Constant:
@@ -58,7 +81,9 @@ class _Memory:
     def store_masked(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
         self._masked("store", ir.VoidType(), [value.value], address, [mask])
 
-    def _masked(self, verb: str, result: ir.Type, first: list, address: ir.Value, last: list) -> Any:
+    def _masked(
+        self, verb: str, result: ir.Type, first: list, address: ir.Value, last: list
+    ) -> Any:
         name = f"llvm.masked.{verb}.v{self.vector.lanes}f{self.vector.bits}.p0"
         pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
         alignment = ir.Constant(ir.IntType(32), self.alignment)
@@ -176,9 +201,7 @@ class _Tile:
             for column in range(self.width):
                 address = memory.at(given["c"], row, given["c_row"], column * memory.bytes)
                 mask = builder.select(exists, masks[column], none)
-                known = memory.load_masked(
-                    address, builder.select(given["accumulate"], mask, none)
-                )
+                known = memory.load_masked(address, builder.select(given["accumulate"], mask, none))
                 sum = Register(builder, memory.vector, builder.load(sums[row][column]))
                 memory.store_masked(address, sum + known, mask)
 
@@ -205,6 +228,21 @@ class ExtraOperand:
     dtype: str
     along: bool
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element."""
+        return ITEM_BYTES[self.dtype]
+
+
+def epilogue_supported(expression: Expression, extras: Sequence[Operand]) -> bool:
+    """Whether a float32 product can be finished by ``expression`` exactly.
+
+    Raises ValueError where the further inputs are not those of the expression.
+    """
+    if expression.inputs != ("float32", *(extra.dtype for extra in extras)):
+        raise ValueError("the operands' dtypes are not those of the epilogue")
+    return expression.result_dtypes == ("float32",) and unsupported(expression) is None
+
 
 class Epilogue:
     """Kernel text that applies an expression to a finished tile in memory.
@@ -219,7 +257,7 @@ class Epilogue:
     ) -> None:
         self.expression = expression
         self.extras = extras
-        names = ["x", *(f"x{index}" for index in range(len(extras)))]
+        names = ["product", *(f"v{index}" for index in range(len(extras)))]
         self.emission = emit(expression, names, argument) if expression else None
 
     @property
@@ -236,7 +274,7 @@ class Epilogue:
         if self.emission is None:
             return ["pass"]
         constant = [
-            f"x{index} = broadcast(read(f{index}, {extra.dtype.upper()}), {extra.dtype.upper()})"
+            f"v{index} = broadcast(read(f{index}, {extra.dtype.upper()}), {extra.dtype.upper()})"
             for index, extra in enumerate(self.extras)
             if not extra.along
         ]
@@ -260,15 +298,50 @@ class Epilogue:
 
     def _vector(self, masked: bool) -> list[str]:
         assert self.emission is not None
-        operands = [("x", "q", "float32")]
+        operands = [("product", "q", "float32")]
         for index, extra in enumerate(self.extras):
             if extra.along:
-                operands.append((f"x{index}", f"f{index}", extra.dtype))
+                operands.append((f"v{index}", f"f{index}", extra.dtype))
         load = "{} = load_masked({} + {} * i, {}, mask)" if masked else "{} = load({} + {} * i, {})"
         lines = [
             load.format(name, start, ITEM_BYTES[dtype], dtype.upper())
             for name, start, dtype in operands
         ]
         result = self.emission.results[0]
-        store = f"store_masked(q + 4 * i, {result}, mask)" if masked else f"store(q + 4 * i, {result})"
+        store = (
+            f"store_masked(q + 4 * i, {result}, mask)" if masked else f"store(q + 4 * i, {result})"
+        )
         return [*lines, *self.emission.body, store]
+
+
+def multiply_lines(tile: TileShape, a_row: str, a_step: str, padded: bool) -> list[str]:
+    """Lines that call `multiply_tile` with as many vectors as ``filled`` says, at most all."""
+    lines = []
+    for width in range(tile.width, 0, -1):
+        lines += [
+            f"{'if' if width == tile.width else 'elif'} filled == {width}:",
+            "    multiply_tile(",
+            f"        a, {a_row}, {a_step}, {padded}, b, b_step, depth, c, c_row, accumulate,",
+            f"        rows, columns, {tile.height}, {width}, FLOAT32,",
+            "    )",
+        ]
+    return lines
+
+
+def fill(template: str, parts: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> list[str]:
+    """The lines of a kernel's ``template``.
+
+    A line ``<name>`` becomes the lines ``parts[name]``, with its indentation; the words that
+    ``sizes`` names become numbers.
+    """
+    for word, number in sizes.items():
+        template = template.replace(word, str(number))
+    lines = []
+    for line in template.strip().splitlines():
+        word = line.strip()
+        if word.startswith("<") and word.endswith(">"):
+            margin = line[: -len(word)]
+            lines += [margin + inner for inner in parts[word[1:-1]]]
+        else:
+            lines.append(line)
+    return lines

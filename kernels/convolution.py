@@ -1,0 +1,366 @@
+"""Dense convolutions of one or two spatial dimensions in float32, any groups.
+
+A convolution is a matrix product of the weights (output channels by depth, that is input channels
+times kernel positions) and the pixels under the kernel (depth by output pixels). Pixels are in the
+lanes of vectors, weights are broadcast. What a few vectors of output pixels need is copied into a
+panel that stays in the caches while all output channels are computed from it (implicit im2col:
+K. Chellapilla, S. Puri and P. Simard, "High performance convolutional neural networks for document
+processing", 2006), which makes every stride, dilation and padding the same dense product. Weights
+are arranged beforehand as [group][tile][depth][row of the tile].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graphopt.kernels import source
+from graphopt.kernels.loops import SHARE, Arguments, broadcast_strides, kernel_text
+from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem, Layout, Operand
+from graphopt.kernels.registry import (
+    Argument,
+    Candidate,
+    Input,
+    Output,
+    Packed,
+    Scratch,
+    Step,
+    aligned_empty,
+    register,
+)
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import (
+    TILES,
+    VOCABULARY,
+    Epilogue,
+    ExtraOperand,
+    TileShape,
+    epilogue_supported,
+    fill,
+    multiply_lines,
+)
+
+CYCLES_PER_SECOND = 3e9
+WORTH_SHARING = 4e-6
+"""Seconds of work from which a team of threads is used."""
+
+_DEPTH = 384
+"""Steps of depth after which a panel is renewed: what the second cache holds of a few panels."""
+_PANEL_BYTES = 2**18
+"""Bytes of panels that are kept while the output channels pass by."""
+_PACK_CYCLES = 1.5
+"""Cycles to copy one vector of a panel."""
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A convolution of two spatial dimensions, as its kernel sees it.
+
+    ``extras`` are the strides of the epilogue's further inputs by (image, channel, pixel).
+    """
+
+    batch: int
+    groups: int
+    channels: int
+    outputs: int
+    size: tuple[int, int]
+    out_size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    start: tuple[int, int]
+    extras: tuple[tuple[int, int, int], ...]
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.out_size)
+
+
+@dataclass(frozen=True)
+class _Blocking:
+    """How the loops are cut: panels of pixels, tiles of channels, blocks of depth, and tasks.
+
+    A task is one block of pixels by one block of output channels of one group of one image.
+    """
+
+    vectors: int
+    panels: int
+    tiles: int
+    depth_channels: int
+    pixel_blocks: int
+    channel_blocks: int
+
+    @property
+    def panels_per_block(self) -> int:
+        return math.ceil(self.panels / self.pixel_blocks)
+
+
+@dataclass(frozen=True)
+class ConvolutionCandidate(Candidate):
+    """One shape of register tile."""
+
+    problem: ConvolutionProblem
+    image: _Image
+    tile: TileShape
+
+    def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        weight = constants[1]
+        assert weight is not None
+        image, height = self.image, self.tile.height
+        tiles = math.ceil(image.outputs / height)
+        rows = np.zeros((image.groups, tiles * height, image.channels * image.taps), np.float32)
+        blocks = weight.reshape(image.groups, image.outputs, image.channels, image.taps)
+        step = _depth_channels(image)
+        rows[:, : image.outputs] = np.concatenate(
+            [
+                blocks[:, :, first : first + step]
+                .transpose(0, 1, 3, 2)
+                .reshape(image.groups, image.outputs, -1)
+                for first in range(0, image.channels, step)
+            ],
+            axis=2,
+        )
+        packed = aligned_empty((image.groups, tiles, rows.shape[2], height), np.float32)
+        packed[...] = rows.reshape(image.groups, tiles, height, -1).swapaxes(2, 3)
+        return [packed]
+
+    def scratch_bytes(self, threads: int) -> int:
+        return threads * self._thread_scratch(_blocking(self.image, self.tile, threads))
+
+    def _thread_scratch(self, blocking: _Blocking) -> int:
+        depth = blocking.depth_channels * self.image.taps
+        return blocking.panels_per_block * depth * self.tile.width * LANES * 4
+
+    def build(self, threads: int) -> tuple[Step, ...]:
+        if self.problem.outputs[0].size == 0:
+            return ()
+        parallel = threads > 1 and self.estimate > WORTH_SHARING
+        block, epilogue = self._arguments(
+            _blocking(self.image, self.tile, threads if parallel else 1)
+        )
+        name = f"convolution_{self.tile.height}x{self.tile.width}"
+        entry = source.build(name, kernel_text(block, _lines(self.tile, epilogue), VOCABULARY))
+        return (Step(entry, (*block.values, *epilogue.immediates), parallel),)
+
+    def _arguments(self, blocking: _Blocking) -> tuple[Arguments, Epilogue]:
+        image, block = self.image, Arguments()
+        scratch = self._thread_scratch(blocking)
+        plane, out_plane = 4 * math.prod(image.size), 4 * image.pixels
+        values: dict[str, Argument] = {
+            "x": Input(0), "weight": Packed(0), "y": Output(0), "scratch": Scratch(),
+            "thread_scratch": scratch, "panel_bytes": scratch // blocking.panels_per_block,
+            "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
+            "height": image.size[0], "width": image.size[1],
+            "plane": plane, "out_plane": out_plane,
+            "out_width": image.out_size[1], "pixels": image.pixels,
+            "kernel_height": image.kernel[0], "kernel_width": image.kernel[1],
+            "stride_height": image.stride[0], "stride_width": image.stride[1],
+            "dilation_height": image.dilation[0], "dilation_width": image.dilation[1],
+            "top": image.start[0], "left": image.start[1],
+            "vectors": blocking.vectors, "panels": blocking.panels, "tiles": blocking.tiles,
+            "depth_channels": blocking.depth_channels,
+            "pixel_blocks": blocking.pixel_blocks, "channel_blocks": blocking.channel_blocks,
+            "tasks": image.batch * image.groups * blocking.pixel_blocks * blocking.channel_blocks,
+        }  # fmt: skip
+        for name, value in values.items():
+            block.add(name, value)
+        extras = []
+        for index, (operand, strides) in enumerate(
+            zip(self.problem.inputs[2:], image.extras, strict=True)
+        ):
+            extras.append(ExtraOperand(operand.dtype, along=strides[2] != 0))
+            width = extras[-1].width
+            block.add(f"extra{index}", Input(2 + index))
+            block.add(f"extra{index}_image", strides[0] * width)
+            block.add(f"e{index}_row", strides[1] * width)
+        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+
+
+@register(ConvolutionProblem)
+def candidates(problem: ConvolutionProblem) -> list[Candidate]:
+    """Register tiles of a few shapes, for float32 in the plain layout and a constant weight."""
+    problem.check()
+    image = _image(problem)
+    if image is None:
+        return []
+    found = []
+    for tile in TILES:
+        cycles = _cycles(image, tile, _blocking(image, tile, 1), 1)
+        name = f"convolution {tile}"
+        found.append(ConvolutionCandidate(name, problem, cycles / CYCLES_PER_SECOND, image, tile))
+    return found
+
+
+def _image(problem: ConvolutionProblem) -> _Image | None:
+    """The problem in two spatial dimensions, or None where this family cannot solve it."""
+    x, weight, *extras = problem.inputs
+    (y,) = problem.outputs
+    rank = len(x.shape) - 2
+    if rank not in (1, 2) or not isinstance(weight, ConstantOperand) or weight.size == 0:
+        return None
+    if any(operand.layout != Layout.plain("float32", rank + 2) for operand in (x, weight, y)):
+        return None
+    if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
+        return None
+    strides = [_extra_strides(extra, y) for extra in extras]
+    if None in strides:
+        return None
+
+    def pair(values: Sequence[int], missing: int) -> tuple[int, int]:
+        return (values[-2] if rank == 2 else missing, values[-1])
+
+    start = pair([before for before, _ in problem.padding], 0)
+    image = _Image(
+        x.shape[0],
+        problem.groups,
+        weight.shape[1],
+        weight.shape[0] // problem.groups,
+        pair(x.shape, 1),
+        pair(y.shape, 1),
+        pair(weight.shape, 1),
+        pair(problem.stride, 1),
+        pair(problem.dilation, 1),
+        start,
+        tuple(entry for entry in strides if entry is not None),
+    )
+    # Without gaps and padding the pixels of an image are one long row.
+    dense = image.kernel == image.stride == (1, 1) and start == (0, 0)
+    if dense and image.size == image.out_size:
+        row = (1, image.pixels)
+        image = replace(image, size=row, out_size=row)
+    return image
+
+
+def _extra_strides(extra: Operand, y: Operand) -> tuple[int, int, int] | None:
+    """Strides by (image, channel, pixel) of an operand of the epilogue."""
+    if len(extra.shape) == 1:
+        return (0, 1, 0)
+    image, channel, *spatial = broadcast_strides(extra.shape, extra.strides, y.shape)
+    varied = [axis for axis, size in enumerate(y.shape[2:]) if size != 1]
+    if all(spatial[axis] == 0 for axis in varied):
+        return (image, channel, 0)
+    if all(spatial[axis] == y.strides[2 + axis] for axis in varied):
+        return (image, channel, 1)
+    return None
+
+
+def _depth_channels(image: _Image) -> int:
+    """Input channels of one block of depth."""
+    blocks = math.ceil(image.channels * image.taps / _DEPTH)
+    return math.ceil(image.channels / min(blocks, image.channels))
+
+
+@functools.cache
+def _blocking(image: _Image, tile: TileShape, threads: int) -> _Blocking:
+    """The cut with the shortest time for the thread that has most to do."""
+    return min(_cuts(image, tile, threads), key=lambda cut: _cycles(image, tile, cut, threads))
+
+
+def _cuts(image: _Image, tile: TileShape, threads: int) -> Iterator[_Blocking]:
+    vectors = math.ceil(image.pixels / LANES)
+    panels = math.ceil(vectors / tile.width)
+    tiles = math.ceil(image.outputs / tile.height)
+    depth = _depth_channels(image)
+    panel_bytes = depth * image.taps * tile.width * LANES * 4
+    least = math.ceil(panels / max(_PANEL_BYTES // panel_bytes, 1))
+    for pixel_blocks in {least, math.ceil(least / threads) * threads, 2 * least}:
+        for channel_blocks in range(1, min(threads, tiles) + 1):
+            yield _Blocking(
+                vectors, panels, tiles, depth, min(pixel_blocks, panels), channel_blocks
+            )
+
+
+def _cycles(image: _Image, tile: TileShape, cut: _Blocking, threads: int) -> float:
+    """Cycles of the thread that has most to do, roughly."""
+    tasks = image.batch * image.groups * cut.pixel_blocks * cut.channel_blocks
+    vectors = math.ceil(cut.vectors * cut.panels_per_block / cut.panels)
+    tiles = math.ceil(cut.tiles / cut.channel_blocks)
+    depth = image.channels * image.taps
+    pieces = 1 + min(LANES, image.pixels) / image.out_size[1]
+    copy = vectors * depth * _PACK_CYCLES * pieces
+    product = tiles * vectors * (depth * tile.cycles / tile.width + 3 * tile.height)
+    return math.ceil(tasks / threads) * (copy + product + 200)
+
+
+def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
+    """The kernel's body."""
+    starts = [
+        f"e{index} = extra{index} + image * extra{index}_image + channel * e{index}_row"
+        + (f" + {extra.width} * start" if extra.along else "")
+        for index, extra in enumerate(epilogue.extras)
+    ]
+    parts = {
+        "prologue": epilogue.prologue(),
+        "share": SHARE,
+        "multiply": multiply_lines(tile, a_row="4", a_step=f"{4 * tile.height}", padded=True),
+        "epilogue": [*starts, *epilogue.lines()],
+    }
+    return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
+
+
+_BODY = """
+<prologue>
+taps = kernel_height * kernel_width
+c_row = out_plane
+b_step = 4 * WIDTH * LANES
+own_scratch = scratch + thread * thread_scratch
+<share>
+while task < stop:
+    rest = task // pixel_blocks
+    pixel_block = task - rest * pixel_blocks
+    place = rest // channel_blocks
+    channel_block = rest - place * channel_blocks
+    image = place // groups
+    group = place - image * groups
+    first_panel = pixel_block * panels // pixel_blocks
+    last_panel = (pixel_block + 1) * panels // pixel_blocks
+    first_tile = channel_block * tiles // channel_blocks
+    last_tile = (channel_block + 1) * tiles // channel_blocks
+    first_channel = 0
+    while first_channel < channels:
+        block_channels = min(channels - first_channel, depth_channels)
+        depth = block_channels * taps
+        source = x + (place * channels + first_channel) * plane
+        b = own_scratch
+        panel = first_panel
+        while panel < last_panel:
+            start = panel * vectors // panels
+            pack_taps(
+                b, b_step, source, plane, block_channels, height, width, out_width, pixels,
+                start * LANES, (panel + 1) * vectors // panels - start,
+                kernel_height, kernel_width, stride_height, stride_width,
+                dilation_height, dilation_width, top, left,
+            )
+            b += panel_bytes
+            panel += 1
+        tile = first_tile
+        while tile < last_tile:
+            channel = group * outputs + tile * HEIGHT
+            rows = min(outputs - tile * HEIGHT, HEIGHT)
+            a = weight + 4 * HEIGHT * taps * ((group * tiles + tile) * channels + first_channel)
+            b = own_scratch
+            panel = first_panel
+            while panel < last_panel:
+                start = panel * vectors // panels
+                filled = (panel + 1) * vectors // panels - start
+                start *= LANES
+                columns = min(pixels - start, filled * LANES)
+                c = y + (image * groups * outputs + channel) * out_plane + 4 * start
+                accumulate = first_channel > 0
+                <multiply>
+                if first_channel + depth_channels >= channels:
+                    <epilogue>
+                b += panel_bytes
+                panel += 1
+            tile += 1
+        first_channel += depth_channels
+    task += 1
+"""

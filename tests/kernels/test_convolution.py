@@ -1,0 +1,219 @@
+"""Convolutions against torch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import chain, check, constant, numbers
+from support import solve
+
+from graphopt.kernels.expression import Expression
+from graphopt.kernels.problem import ConvolutionProblem, Layout, Operand
+from graphopt.kernels.registry import candidates
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import TILES
+
+HEIGHT, WIDTH = TILES[0].height, TILES[0].width
+
+
+@dataclass(frozen=True)
+class Case:
+    x: tuple[int, ...]
+    outputs: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (self.outputs, self.x[1] // self.groups, *self.kernel)
+
+    def convolve(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """torch's result in float64."""
+        pairs = [size for pair in reversed(self.padding) for size in pair]
+        padded = torch.nn.functional.pad(torch.tensor(x).double(), pairs)
+        convolution = (torch.conv1d, torch.conv2d)[self.rank - 1]
+        return convolution(
+            padded,
+            torch.tensor(weight).double(),
+            None,
+            self.stride or 1,
+            0,
+            self.dilation or 1,
+            self.groups,
+        ).numpy()
+
+    def problem(
+        self,
+        shape: tuple[int, ...],
+        epilogue: Expression | None = None,
+        extras: Sequence[Operand] = (),
+    ) -> ConvolutionProblem:
+        return ConvolutionProblem(
+            (Operand.plain("float32", self.x), constant(self.weight), *extras),
+            (Operand.plain("float32", shape),),
+            self.stride or (1,) * self.rank,
+            self.padding or ((0, 0),) * self.rank,
+            self.dilation or (1,) * self.rank,
+            self.groups,
+            epilogue,
+        )
+
+    def check(self) -> None:
+        x, weight = numbers(self.x), numbers(self.weight, 1)
+        expected = self.convolve(x, weight)
+        magnitude = self.convolve(np.abs(x), np.abs(weight))
+        check(self.problem(expected.shape), [x, weight], expected, magnitude)
+
+
+SAME = ((1, 1), (1, 1))
+CASES = {
+    "one": Case((1, 1, 1, 1), 1, (1, 1)),
+    "point": Case((2, 5, 7, 7), 11, (1, 1)),
+    "point, whole tiles": Case((1, 3, 4, 4 * LANES), 2 * HEIGHT, (1, 1)),
+    "point, a pixel more": Case((1, 3, 1, WIDTH * LANES + 1), HEIGHT + 1, (1, 1)),
+    "point, a pixel less": Case((1, 3, 1, WIDTH * LANES - 1), HEIGHT - 1, (1, 1)),
+    "point, padded": Case((1, 3, 5, 6), 4, (1, 1), padding=((0, 2), (1, 0))),
+    "point, strided": Case((1, 3, 9, 2 * LANES + 5), 4, (1, 1), stride=(2, 2)),
+    "3 x 3": Case((2, 3, 9, 10), 8, (3, 3), padding=SAME),
+    "3 x 3, rows of vectors": Case((1, 3, 4, 3 * LANES), 8, (3, 3), padding=SAME),
+    "3 x 3, one pixel": Case((1, 3, 1, 1), 8, (3, 3), padding=SAME),
+    "3 x 3, strided": Case((1, 4, 15, 3 * LANES), 9, (3, 3), stride=(2, 2), padding=SAME),
+    "3 x 3, stride 3": Case((1, 2, 15, 4 * LANES), 3, (3, 3), stride=(1, 3), padding=SAME),
+    "7 x 7": Case((1, 3, 31, 30), 5, (7, 7), stride=(2, 2), padding=((3, 3), (3, 3))),
+    "patches": Case((1, 3, 32, 48), 10, (16, 16), stride=(16, 16)),
+    "one row": Case((1, 3, 5, 40), 6, (1, 7), padding=((0, 0), (3, 3))),
+    "one column": Case((1, 3, 40, 5), 6, (7, 1), padding=((3, 3), (0, 0))),
+    "same as TensorFlow": Case((1, 3, 8, 8), 6, (3, 3), stride=(2, 2), padding=((0, 1), (0, 1))),
+    "dilated": Case((1, 3, 13, 17), 4, (3, 3), padding=((2, 2), (3, 3)), dilation=(2, 3)),
+    "more padding than image": Case((1, 2, 3, 2), 3, (5, 5), padding=((9, 4), (4, 9))),
+    "grouped": Case((2, 12, 6, 5), 15, (3, 3), padding=SAME, groups=3),
+    "a group per channel": Case((1, 6, 6, 5), 6, (3, 3), padding=SAME, groups=6),
+    "deep": Case((1, 530, 3, 3), 9, (3, 3), padding=SAME),
+    "sequence": Case((2, 4, 50), 6, (5,), padding=((4, 0),)),
+    "sequence, strided": Case((2, 4, 50), 6, (5,), stride=(4,), padding=((2, 2),), dilation=(2,)),
+    "no image": Case((0, 4, 5, 5), 6, (3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes(name: str) -> None:
+    CASES[name].check()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    groups = draw(st.integers(1, 3))
+
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return (draw(st.integers(low, high)), draw(st.integers(low, high)))
+
+    kernel, dilation, padding = pair(1, 4), pair(1, 3), (pair(0, 3), pair(0, 3))
+    spatial = tuple(
+        max(1, draw(st.integers(1, 25)), reach * (size - 1) + 1 - sum(around))
+        for size, reach, around in zip(kernel, dilation, padding, strict=True)
+    )
+    x = (draw(st.integers(1, 2)), groups * draw(st.integers(1, 20)), *spatial)
+    outputs = groups * draw(st.integers(1, 20))
+    return Case(x, outputs, kernel, pair(1, 4), padding, dilation, groups)
+
+
+@given(cases())
+def test_any_shape(case: Case) -> None:
+    case.check()
+
+
+POINT = Case((2, 5, 3, 7), 11, (1, 1))
+EPILOGUES = {
+    "bias": (chain(("add", "e0"), extras=1), [(11,)]),
+    "bias, relu": (chain(("add", "e0"), ("relu",), extras=1), [(11,)]),
+    "bias, residual, relu": (
+        chain(("add", "e0"), ("add", "e1"), ("relu",), extras=2),
+        [(11,), (2, 11, 3, 7)],
+    ),
+    "scale per image": (chain(("mul", "e0"), ("silu",), extras=1), [(2, 11, 1, 1)]),
+    "one residual for all images": (chain(("sub", "e0"), extras=1), [(1, 11, 3, 7)]),
+    "scalar": (chain(("mul", "e0"), extras=1), [()]),
+    "clamp": (chain(("clamp", -0.5, 1.5)), []),
+}
+
+
+@pytest.mark.parametrize("name", EPILOGUES)
+@pytest.mark.parametrize("case", [POINT, Case((2, 150, 3, 7), 11, (3, 3), padding=SAME)])
+def test_epilogues(name: str, case: Case) -> None:
+    epilogue, shapes = EPILOGUES[name]
+    x, weight = numbers(case.x), numbers(case.weight, 1)
+    others = [numbers(shape, 2 + index) for index, shape in enumerate(shapes)]
+    product = torch.tensor(case.convolve(x, weight))
+    result = product
+    for step in epilogue.instructions:
+        operands = []
+        for operand in step.operands[1:]:
+            if isinstance(operand, float):
+                operands.append(operand)
+                continue
+            other = torch.tensor(others[operand.index - 1]).double()
+            operands.append(other[:, None, None] if other.dim() == 1 else other)
+        function = getattr(torch.nn.functional, step.op, None) or getattr(torch, step.op)
+        result = function(result, *operands)
+    magnitude = 10 * (1 + case.convolve(np.abs(x), np.abs(weight)))
+    extras = [Operand.plain("float32", shape) for shape in shapes]
+    problem = case.problem(tuple(product.shape), epilogue, extras)
+    check(problem, [x, weight, *others], result.numpy(), magnitude)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_special_values_stay_where_they_belong(value: float) -> None:
+    for case in (POINT, CASES["3 x 3"], CASES["3 x 3, strided"], CASES["patches"]):
+        x, weight = numbers(case.x), numbers(case.weight, 1)
+        for place in (0, x.size // 2, x.size - 1):
+            x.flat[place] = value
+            with np.errstate(invalid="ignore"):
+                expected = case.convolve(x, weight)
+                magnitude = case.convolve(
+                    np.abs(np.nan_to_num(x, posinf=0, neginf=0)), np.abs(weight)
+                )
+            check(case.problem(expected.shape), [x, weight], expected, magnitude)
+
+
+def test_accuracy_is_that_of_torch() -> None:
+    case = Case((1, 512, 7, 7), 32, (3, 3), padding=SAME)
+    x, weight = numbers(case.x), numbers(case.weight, 1)
+    exact = case.convolve(x, weight)
+    (result,) = solve(case.problem(exact.shape), [x, weight])
+    theirs = torch.conv2d(torch.tensor(x), torch.tensor(weight), padding=1).numpy()
+    assert np.abs(result - exact).mean() < 2 * np.abs(theirs - exact).mean()
+
+
+def test_what_is_left_to_others() -> None:
+    case = CASES["3 x 3"]
+    shape = (2, 8, 9, 10)
+    rounded = chain(("add", "e0"), extras=1)
+    last = Operand(shape, Layout("float32", (0, 2, 3, 1)))
+    varying_rows = Operand.plain("float32", (9, 1))
+    assert candidates(case.problem(shape))
+    assert not candidates(case.problem(shape, chain(("no such operator",))))
+    assert not candidates(case.problem(shape, rounded, [last]))
+    assert not candidates(case.problem(shape, rounded, [varying_rows]))
+
+
+def test_malformed_problems_are_refused() -> None:
+    case = CASES["3 x 3"]
+    with pytest.raises(ValueError, match="should be"):
+        candidates(case.problem((2, 8, 9, 9)))
+    with pytest.raises(ValueError, match="dtypes"):
+        candidates(case.problem((2, 8, 9, 10), chain(("add", "e0"), extras=1)))
+    with pytest.raises(ValueError, match="divide"):
+        candidates(Case((2, 3, 9, 10), 8, (3, 3), padding=SAME, groups=2).problem((2, 8, 9, 10)))
