@@ -127,8 +127,13 @@ class _Fusion:
             self.home.get(node) is user for node in value.users
         )
 
-    def reaches(self, target: Unit, start: Iterable[Value], without: Unit) -> bool:
-        """Whether any of the values depends on a unit, other than directly through `without`."""
+    def between(self, early: Unit, late: Unit) -> bool:
+        """Whether something outside of two units depends on the one and is needed by the other."""
+        inputs = (v for node in late.nodes for v in node.input_values())
+        return self.reaches(early, (v for v in inputs if self.of(v) not in (early, late)))
+
+    def reaches(self, target: Unit, start: Iterable[Value]) -> bool:
+        """Whether any of the values depends on a unit."""
         horizon = min(node._key for node in target.nodes)
         seen: set[Unit] = set()
         stack = [unit for value in start if (unit := self.of(value)) is not None]
@@ -136,11 +141,9 @@ class _Fusion:
             unit = stack.pop()
             if unit is target:
                 return True
-            if unit in seen or unit is without:
+            if unit in seen or max(node._key for node in unit.nodes) < horizon:
                 continue
             seen.add(unit)
-            if max(node._key for node in unit.nodes) < horizon:
-                continue
             for node in unit.nodes:
                 stack += [u for v in node.input_values() if (u := self.of(v)) is not None]
         return False
@@ -173,8 +176,7 @@ def _join_layer(fusion: _Fusion, unit: Unit) -> bool:
             continue
         if scope.shape(node.output) != scope.shape(value):
             continue
-        others = [v for v in node.input_values() if v is not value and scope.is_tensor(v)]
-        if fusion.reaches(home, others, without=home):
+        if fusion.between(home, unit):
             continue
         drafts = [*home.drafts, *unit.drafts]
         expression, extra = assemble(scope, drafts, [node.output], (home.layer.output,))
@@ -196,10 +198,7 @@ def _join_pointwise(fusion: _Fusion, unit: Unit) -> bool:
             continue
         if scope.shape(home.result) != scope.shape(node.output):
             continue
-        inputs = [v for member in current.nodes for v in member.input_values()]
-        outside = [v for v in inputs if fusion.of(v) is not home]
-        back = [v for member in home.nodes for v in member.input_values()]
-        if fusion.reaches(home, outside, without=home) or fusion.reaches(current, back, current):
+        if fusion.between(home, current) or fusion.between(current, home):
             continue
         if not _fits(fusion, home, current):
             continue
