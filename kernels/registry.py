@@ -111,15 +111,15 @@ class Candidate(ABC):
 
 
 P = TypeVar("P", bound=Problem)
-Family = Callable[[Any], list[Candidate]]
+Family = Callable[[Any], Sequence[Candidate]]
 
 _families: dict[type[Problem], list[Family]] = {}
 
 
-def register(problem: type[P]) -> Callable[[Callable[[P], list[Candidate]]], Family]:
+def register(problem: type[P]) -> Callable[[Callable[[P], Sequence[Candidate]]], Family]:
     """Register a function that lists a family's candidates for problems of one type."""
 
-    def add(family: Callable[[P], list[Candidate]]) -> Family:
+    def add(family: Callable[[P], Sequence[Candidate]]) -> Family:
         if family.__module__.partition(".")[0] == "kernels":
             raise ImportError(
                 f"{family.__module__} was imported under a second name; its name is "
