@@ -31,7 +31,6 @@ class Pass(Protocol):
 
 
 PassFunction = Callable[[Graph, Any], bool]
-PassLike = str | Pass | PassFunction
 Registrable = TypeVar("Registrable", bound="type[Any] | Callable[..., Any]")
 
 
@@ -84,6 +83,8 @@ class BoundPass:
             return {}
         return {f.name: getattr(self.source, f.name) for f in dataclasses.fields(self.source)}
 
+
+PassLike = str | type[Any] | Pass | PassFunction | BoundPass
 
 _registered: dict[str, Registration] = {}
 
@@ -152,23 +153,28 @@ def as_pass(given: PassLike) -> BoundPass:
         return given
     if isinstance(given, str):
         return find_pass(given).make()
-    by_definition = {id(known.definition): known for known in _registered.values()}
     if isinstance(given, type):
-        known = by_definition.get(id(given)) or Registration(given.__name__, given, "exact")
-        _check_definition(known.name, given)
-        return known.make()
+        registration = _registration_of(given)
+        _check_definition(registration.name, given)
+        return registration.make()
     if isinstance(given, Pass):
-        known = by_definition.get(id(type(given)))
-        name = known.name if known else type(given).__name__
-        return BoundPass(name, given.run, known.accuracy if known else "exact", given)
+        registration = _registration_of(type(given))
+        return BoundPass(registration.name, given.run, registration.accuracy, given)
     if callable(given):
-        known = by_definition.get(id(given))
-        name = known.name if known else getattr(given, "__name__", type(given).__name__)
-        return BoundPass(name, given, known.accuracy if known else "exact", given)
+        registration = _registration_of(given)
+        return BoundPass(registration.name, given, registration.accuracy, given)
     raise PassError(
         f"{given!r} is no pass: expected a registered name, an object with run(graph, ctx), or a "
         "function of (graph, ctx)"
     )
+
+
+def _registration_of(definition: Any) -> Registration:
+    for registration in _registered.values():
+        if registration.definition is definition:
+            return registration
+    name = getattr(definition, "__name__", type(definition).__name__)
+    return Registration(name, definition, "exact")
 
 
 def _check_definition(name: str, definition: Any) -> None:

@@ -1,17 +1,51 @@
 """The passes that come with graphopt, one per file. Importing this registers all of them."""
 
+from graphopt.passes.activation_canonicalization import CanonicalizeActivations
+from graphopt.passes.affine_folding import FoldChannelAffine
+from graphopt.passes.attention_canonicalization import CanonicalizeAttention
+from graphopt.passes.batch_norm_decomposition import DecomposeBatchNorm
+from graphopt.passes.batch_norm_folding import FoldBatchNorm
 from graphopt.passes.common_subexpressions import CommonSubexpressions
 from graphopt.passes.constant_folding import ConstantFolding
 from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.layer_norm_canonicalization import CanonicalizeLayerNorm
+from graphopt.passes.linear_merging import MergeLinears
+from graphopt.passes.padding_folding import FoldPadding
 from graphopt.passes.simplification import Simplification
 
-__all__ = ["EXACT", "CommonSubexpressions", "ConstantFolding", "DeadCode", "Simplification"]
+__all__ = [
+    "EXACT",
+    "CanonicalizeActivations",
+    "CanonicalizeAttention",
+    "CanonicalizeLayerNorm",
+    "CommonSubexpressions",
+    "ConstantFolding",
+    "DeadCode",
+    "DecomposeBatchNorm",
+    "FoldBatchNorm",
+    "FoldChannelAffine",
+    "FoldPadding",
+    "MergeLinears",
+    "Simplification",
+]
 
-# What `graphopt.optimize` runs before and after the passes that it is given.
+# What `graphopt.optimize` runs before and after the passes that it is given: patterns are looked
+# for when what hides them is gone, and what they leave behind is cleared away.
 EXACT = (
     "dead-code",
-    "simplification",
     "constant-folding",
+    "simplification",
+    "common-subexpressions",
+    "canonicalize-layer-norm",
+    "canonicalize-attention",
+    "canonicalize-activations",
+    "fold-padding",
+    "fold-batch-norm",
+    "decompose-batch-norm",
+    "fold-channel-affine",
+    "merge-linears",
+    "constant-folding",
+    "simplification",
     "common-subexpressions",
     "dead-code",
 )

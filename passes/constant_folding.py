@@ -129,7 +129,7 @@ def _foldable(graph: Graph) -> set[Node]:
         if (
             node.outputs
             and not node.operator.is_random
-            and not node.op == "graphopt.dequantize"
+            and node.op != "graphopt.dequantize"
             and all(value in known for value in node.input_values())
             and all(isinstance(value.type, TensorType) for value in node.outputs)
             and sum(_bytes(value) for value in node.outputs) <= _TRANSIENT_BYTES
@@ -143,9 +143,11 @@ def _cone(node: Node, foldable: set[Node]) -> set[Node]:
     """The node with those before it that are of use to nothing else."""
     cone = {node}
     pending = list(_producers(node))
-    for before in iter(lambda: pending.pop() if pending else None, None):
-        inside = before in foldable and before not in cone
-        if inside and not any(v.is_output or not cone.issuperset(v.users) for v in before.outputs):
+    while pending:
+        before = pending.pop()
+        if before in cone or before not in foldable:
+            continue
+        if not any(v.is_output or not cone.issuperset(v.users) for v in before.outputs):
             cone.add(before)
             pending += _producers(before)
     return cone

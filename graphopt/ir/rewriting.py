@@ -274,7 +274,8 @@ def _substitute(graph: Graph, old: list[Value], new: list[Any]) -> None:
 def _keep_names(old: list[Value], new: list[Any], added: list[Node]) -> None:
     """A made value that replaces another takes its name, so that equal names mean equal values."""
     for before, after in zip(old, new, strict=True):
-        if after is not None and after.producer in added and before.producer not in before.graph:
+        erased = before.producer is not None and before.producer not in before.graph
+        if after is not None and after.producer in added and erased:
             after.graph.rename(after, before.name)
 
 
