@@ -216,7 +216,8 @@ DECLINING: dict[str, tuple[Any, str, Build]] = {
         SILU, "elsewhere in the pattern|factor",
         lambda w, x: w.mul(x, w("sigmoid", w.mul(x, 1.702)))),
     "three factors": (
-        SILU, "elsewhere in the pattern", lambda w, x: w.mul(x, w.mul(w("sigmoid", x), w("sin", x)))),
+        SILU, "elsewhere in the pattern",
+        lambda w, x: w.mul(x, w.mul(w("sigmoid", x), w("sin", x)))),
     "quotient": (SILU, "product of 2", lambda w, x: w.div(x, w("sigmoid", x))),
     "softplus with a slope": (
         MISH, "has beta=2", lambda w, x: w.mul(x, w("tanh", w("softplus", x, 2)))),
