@@ -8,16 +8,13 @@ from typing import Any
 
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.rewriting import Decline, Match, op, rewrite, rule
+from graphopt.passes.intervals import bounds
 from graphopt.passes.layers import CONVOLUTIONS
 from graphopt.pipeline import Context, register_pass
 
 PADS = ("aten.pad", "aten.constant_pad_nd")
 MAX_POOLS = tuple(f"aten.max_pool{d}d" for d in (1, 2, 3))
 AVERAGE_POOLS = tuple(f"aten.avg_pool{d}d" for d in (1, 2, 3))
-# Operators whose results are never below zero.
-NON_NEGATIVE = frozenset(
-    "aten.relu aten.relu6 aten.sigmoid aten.hardsigmoid aten.softmax.int aten.abs aten.exp".split()
-)
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,7 @@ def _into_max_pool(graph: Graph, match: Match) -> Any:
         return found
     padding, amounts = found
     if padding.value != -math.inf:
-        producer = padding.source.producer
-        if padding.value != 0 or producer is None or not _is_non_negative(producer):
+        if padding.value > bounds(padding.source)[0]:
             return Decline(f"a maximum can be the padding's {padding.value}")
         if any(d != 1 for d in _per_dimension(match.root["dilation"], len(amounts))):
             return Decline(f"a window of %{match.root.name} may hold nothing but padding")
@@ -185,20 +181,6 @@ def _asymmetry(
         if actual != symmetric:
             return Decline(f"it pads {before} before and {after} after")
     return None
-
-
-def _is_non_negative(node: Node) -> bool:
-    if node.op == "aten.clamp_min":
-        return _at_least_zero(node["min"])
-    if node.op == "aten.clamp":
-        return _at_least_zero(node["min"]) and (node["max"] is None or _at_least_zero(node["max"]))
-    if node.op == "aten.hardtanh":
-        return _at_least_zero(node["min_val"]) and _at_least_zero(node["max_val"])
-    return node.op in NON_NEGATIVE
-
-
-def _at_least_zero(bound: Any) -> bool:
-    return isinstance(bound, (int, float)) and bound >= 0
 
 
 def _per_dimension(setting: Any, dimensions: int) -> list[int]:
