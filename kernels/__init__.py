@@ -3,7 +3,22 @@
 Importing this package registers the built-in families. `registry` says how to write another.
 """
 
-from graphopt.kernels import convolution, copy, pointwise, reduction
+from graphopt.kernels import (
+    convolution,
+    copy,
+    normalization,
+    pointwise,
+    reduction,
+    softmax,
+)
 from graphopt.kernels.registry import candidates
 
-__all__ = ["candidates", "convolution", "copy", "pointwise", "reduction"]
+__all__ = [
+    "candidates",
+    "convolution",
+    "copy",
+    "normalization",
+    "pointwise",
+    "reduction",
+    "softmax",
+]

@@ -253,3 +253,41 @@ class ConvolutionProblem(Problem):
         expected = (x.shape[0], weight.shape[0], *sizes)
         if self.outputs[0].shape != expected:
             raise ValueError(f"the output is {self.outputs[0].shape}, it should be {expected}")
+
+
+@dataclass(frozen=True)
+class NormalizationProblem(Problem):
+    """Rows brought to mean 0 and variance 1, and elementwise operators on the result.
+
+    Inputs are x (*rows, *row), where a row has ``dimensions`` dimensions, and the further inputs of
+    ``epilogue``, whose first input is ``(x - mean) / sqrt(variance + epsilon)`` with the (biased)
+    moments of each row: they broadcast to the output as in torch, as a learned scale and shift
+    do. If not ``centered``, it is ``x / sqrt(mean(x * x) + epsilon)``. A group norm is the
+    normalisation of (N, groups, C / groups, *spatial).
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    dimensions: int
+    epsilon: float
+    centered: bool = True
+    epilogue: Expression | None = None
+
+    @property
+    def flops(self) -> int:
+        steps = len(self.epilogue.instructions) if self.epilogue else 0
+        return self.outputs[0].size * ((6 if self.centered else 3) + steps)
+
+
+@dataclass(frozen=True)
+class SoftmaxProblem(Problem):
+    """``aten.softmax`` of one operand along a dimension, or its logarithm."""
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    dimension: int
+    logarithm: bool = False
+
+    @property
+    def flops(self) -> int:
+        return 5 * self.inputs[0].size
