@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from agreement import assert_same_form, bound, largest_error
 from graph_builder import Choices
 from hypothesis import strategies as st
 from random_patterns import PATTERNS
 from random_steps import STEPS, declare_outputs, start
 
-from graphopt import reference
+from graphopt import Context, Pipeline, reference
+from graphopt.engine import Selection, compile_graph
 from graphopt.ir import Graph, TensorType, Value
 from graphopt.ir.inference import map_operand
+from graphopt.registry import as_pass, registered_passes
 
 LONGEST_RECIPE = 14
 BYTES_PER_STEP = 16
@@ -188,3 +191,59 @@ def _assert_bitwise(result: torch.Tensor, wanted: torch.Tensor, where: str) -> N
     assert same, f"{where}: bits differ"
     if wanted.is_floating_point():
         assert torch.equal(result.signbit(), wanted.signbit()), f"{where}: signs of zeros differ"
+
+
+# -- what is checked of passes and engine -----------------------------------------------------
+
+# Passes that move, merge and drop what is there, and so change no bit.
+BITWISE = frozenset({"common-subexpressions", "constant-folding", "dead-code", "simplification"})
+
+
+def exact_passes() -> list[str]:
+    """The names of the registered passes that promise to keep the numbers."""
+    return [name for name, known in registered_passes().items() if known.accuracy == "exact"]
+
+
+def check_pass(case: Case, name: str) -> None:
+    """Raises AssertionError unless a pass keeps the numbers of a graph, says truly whether it
+    changed anything, and has nothing left to do when it runs again."""
+    changed = case.graph.clone()
+    one = as_pass(name)
+    says = one.function(changed, Context())
+    changed.verify()
+    differs = changed.to_text() != case.graph.to_text()
+    assert says == differs, f"{name} says {says}, but the graph is {'' if differs else 'not '}new"
+    check(case.graph, changed, case.inputs, bitwise=name in BITWISE)
+    settled = changed.to_text()
+    again = one.function(changed, Context())
+    assert not again, f"{name} is not idempotent:\n{settled}\n{changed}"
+
+
+def check_passes(case: Case, names: Sequence[str]) -> None:
+    """Raises AssertionError unless passes, one after the other, keep the numbers of a graph."""
+    changed = case.graph.clone()
+    Pipeline(names).run(changed)
+    check(case.graph, changed, case.inputs)
+
+
+def check_engine(case: Case, threads: int = 2) -> None:
+    """Raises AssertionError unless the engine's results have the graph's types and are about as
+    close to float64 as torch's own float32 results."""
+    plan = None
+    for sizes, tensors in zip(case.graph.assignments, case.inputs, strict=True):
+        plan = compile_graph(
+            case.graph, sizes, threads=threads, selection=Selection(measure=False), like=plan
+        )
+        computed = iter(plan.run(*tensors))
+        results = [
+            next(computed) if is_computed else literal
+            for is_computed, literal in zip(plan.is_computed, plan.literals, strict=True)
+        ]
+        exact = reference.run(case.graph, tensors, dtype=torch.float64)
+        single = reference.run(case.graph, tensors)
+        assert_same_form(results, single)
+        for position, (result, wanted, torchs) in enumerate(
+            zip(results, exact, single, strict=True)
+        ):
+            error, allowed = largest_error(result, wanted), bound(torchs, wanted)
+            assert error <= allowed, f"output {position}, {sizes}: error {error}, bound {allowed}"

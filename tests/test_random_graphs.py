@@ -7,12 +7,26 @@ import random
 import pytest
 import torch
 from graph_builder import Choices
-from hypothesis import given, settings
-from random_graphs import EVERY_STEP, Case, Recipe, build, cases, check, recipes
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from random_graphs import (
+    EVERY_STEP,
+    Case,
+    Recipe,
+    build,
+    cases,
+    check,
+    check_engine,
+    check_pass,
+    check_passes,
+    exact_passes,
+    recipes,
+)
 from random_steps import STEPS, start
 
-from graphopt import reference
+from graphopt import Pipeline, reference
 from graphopt.ir import Graph, TensorType, Value
+from graphopt.passes import EXACT
 
 
 @settings(max_examples=50)
@@ -63,6 +77,46 @@ def test_clones_compute_the_same(case: Case):
     twin.verify()
     assert twin.to_text() == case.graph.to_text()
     check(case.graph, twin, case.inputs, bitwise=True)
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_every_pass_alone(case: Case):
+    exact = case.in_double()
+    for name in exact_passes():
+        check_pass(exact, name)
+
+
+@settings(max_examples=75)
+@given(cases())
+def test_all_passes_in_their_order(case: Case):
+    check_passes(case.in_double(), EXACT)
+    changed = case.graph.clone()
+    Pipeline(EXACT).run(changed)
+    check(case.graph, changed, case.inputs, tolerance=1e-3)
+
+
+@settings(max_examples=75)
+@given(cases(), st.permutations(exact_passes()))
+def test_all_passes_in_any_order(case: Case, names: list[str]):
+    check_passes(case.in_double(), names)
+
+
+# Each example compiles kernels, so there is no time to shrink: the benchmark does that.
+UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
+
+
+@settings(max_examples=15, phases=UNSHRUNK)
+@given(cases())
+def test_the_engine(case: Case):
+    check_engine(case)
+
+
+@settings(max_examples=10, phases=UNSHRUNK)
+@given(cases())
+def test_the_engine_after_the_passes(case: Case):
+    Pipeline(EXACT).run(case.graph)
+    check_engine(case)
 
 
 def _scaled(op: str, operand: float) -> Graph:
