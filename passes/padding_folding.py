@@ -46,6 +46,8 @@ def padding_of(node: Node, slid_over: int) -> Padding | Decline:
         return Decline(f"%{node.name} pads by sizes that are not fixed, or crops")
     if not isinstance(value, (int, float)):
         return Decline(f"%{node.name} pads with a value that is computed")
+    if any(0 in kind.shape for kind in node["self"].types):
+        return Decline(f"%{node.name} pads what is empty, and no layer takes that")
     pairs = list(zip(amounts[::2], amounts[1::2], strict=True))[::-1]
     outer, inner = pairs[: -slid_over or None], pairs[-slid_over:]
     if len(pairs) > slid_over and any(map(any, outer)):

@@ -183,7 +183,10 @@ class _Writer:
             self._add_kernel(work)
         elif isinstance(work, CallBackWork):
             label = f"torch: {work.node.op}"
-            self.builder.add_call_back(work.function, work.inputs, work.outputs, label=label)
+            # A result that nobody uses may have another shape than its type says: batch norm's
+            # statistics are empty on the CPU.
+            wanted = [v if v.users or v.is_output else None for v in work.outputs]
+            self.builder.add_call_back(work.function, work.inputs, wanted, label=label)
             self.steps.append(PlanStep(label, (work.node,), True))
 
     def _add_kernel(self, work: KernelWork) -> None:

@@ -42,7 +42,8 @@ def lower_view(scope: Scope, node: Node) -> list[Work] | None:
             return None
         kind = scope.tensor_type(value)
         if _is_contiguous(shape, strides) and not source.is_constant:
-            works.append(AliasWork(value, source, offset * kind.dtype.itemsize, node))
+            start = offset if kind.numel else 0  # an empty view may begin past the end
+            works.append(AliasWork(value, source, start * kind.dtype.itemsize, node))
         elif scope.has_kernels(source):
             problem = copy.view(scope.operand(source), shape, strides, offset)
             works.append(KernelWork(problem, (source,), (value,), (node,)))
