@@ -27,7 +27,7 @@ _RANGES: dict[str, Interval] = {
 }
 # Operators whose results are elements of their operand ``self``.
 _CHOICES = frozenset("expand slice select to max_pool1d max_pool2d max_pool3d".split())
-_LIMITS = {
+_LIMITS: dict[str, tuple[str | float | None, str | None]] = {
     "relu": (0.0, None),
     "clamp_min": ("min", None),
     "clamp_max": (None, "max"),

@@ -133,7 +133,7 @@ def _absorb(name: str, pattern: Pattern, operand: str) -> Rule:
     return Rule(name, (pattern,), replacement)
 
 
-def _norm(operator: str, **absent: None) -> Pattern:
+def _norm(operator: str, **absent: Any) -> Pattern:
     return op(operator, ..., name="norm", **absent)
 
 
