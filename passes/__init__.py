@@ -9,6 +9,7 @@ from graphopt.passes.common_subexpressions import CommonSubexpressions
 from graphopt.passes.constant_folding import ConstantFolding
 from graphopt.passes.dead_code import DeadCode
 from graphopt.passes.layer_norm_canonicalization import CanonicalizeLayerNorm
+from graphopt.passes.linear_canonicalization import CanonicalizeLinear
 from graphopt.passes.linear_merging import MergeLinears
 from graphopt.passes.padding_folding import FoldPadding
 from graphopt.passes.simplification import Simplification
@@ -18,6 +19,7 @@ __all__ = [
     "CanonicalizeActivations",
     "CanonicalizeAttention",
     "CanonicalizeLayerNorm",
+    "CanonicalizeLinear",
     "CommonSubexpressions",
     "ConstantFolding",
     "DeadCode",
@@ -36,6 +38,7 @@ EXACT = (
     "constant-folding",
     "simplification",
     "common-subexpressions",
+    "canonicalize-linear",
     "canonicalize-layer-norm",
     "canonicalize-attention",
     "canonicalize-activations",

@@ -103,8 +103,8 @@ def _declining(name: str) -> tuple[Graph, object, str]:
 @pytest.mark.parametrize(
     "name",
     [
-        "several matrices", "vector", "computed matrix", "constant on the left", "two constants", "tied", "output",
-        "integers", "matrix as bias", "one number as bias", "scaled",
+        "several matrices", "vector", "computed matrix", "constant on the left",
+        "two constants", "tied", "output", "integers", "matrix as bias", "one number as bias", "scaled",
     ],
 )  # fmt: skip
 def test_declines(name):
