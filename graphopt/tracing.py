@@ -225,12 +225,12 @@ def _export(model: nn.Module, arguments: Arguments, wanted: list[FreeDimensions]
             wanted = [{} for _ in wanted]
             continue
         names = exported.free_sizes(program, wanted)
-        fixed = _fixed_by(program, arguments, wanted, names)
+        fixed, reason = _fixed_by(program, arguments, wanted, names)
         if not any(fixed):
             graph = _import(model, program, arguments, wanted, names)
             _warn_fixed(model, arguments, asked, wanted, reasons)
             return graph
-        reasons.append("the model computes with this size as a number")
+        reasons.append(reason)
         wanted = [
             {d: name for d, name in free.items() if d not in gone}
             for free, gone in zip(wanted, fixed, strict=True)
@@ -306,8 +306,9 @@ def _fixed_by(
     arguments: Arguments,
     wanted: list[FreeDimensions],
     names: exported.Sizes,
-) -> list[set[int]]:
-    """Per input, the wanted dimensions that the export fixed or that its guards rule out."""
+) -> tuple[list[set[int]], str]:
+    """Per input, the wanted dimensions that the export fixed or that its guards rule out, and
+    why."""
     inputs = exported.user_inputs(program)
     fixed: list[set[int]] = []
     expressions: list[dict[int, str]] = []
@@ -317,20 +318,24 @@ def _fixed_by(
         fixed.append({d for d, text in texts.items() if text is None})
         expressions.append({d: text for d, text in texts.items() if text is not None})
     if any(fixed):
-        return fixed
+        return fixed, "the model computes with this size as a number"
     try:
         shapes = [tuple(t.shape) for t in arguments.tensors]
         sizes = free_sizes.bind(shapes, expressions, names.names.values())
-    except GraphError:
-        return [set(free) for free in wanted]
+    except GraphError as error:
+        return [set(free) for free in wanted], str(error)
     guard = free_sizes.violated(names.guards, sizes)
-    if guard is not None or (free_sizes.other_assignment(sizes, names.guards) is None and sizes):
-        mentioned = {name for name in sizes if guard is None or name in guard}
-        return [
-            {d for d, text in texts.items() if any(name in text for name in mentioned)}
-            for texts in expressions
-        ]
-    return fixed
+    if guard is not None:
+        mentioned = {name for name in sizes if name in guard}
+        reason = f"with this size free, the trace holds only where {guard}"
+    elif sizes and free_sizes.other_assignment(sizes, names.guards) is None:
+        mentioned, reason = set(sizes), "the trace holds for no other size"
+    else:
+        return fixed, ""
+    return [
+        {d for d, text in texts.items() if any(name in text for name in mentioned)}
+        for texts in expressions
+    ], reason
 
 
 def _import(
