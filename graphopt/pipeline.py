@@ -106,7 +106,7 @@ class PipelineRun:
         table = Table(title="passes", title_justify="left")
         table.add_column("pass")
         table.add_column("changed")
-        for column in ("nodes", "time [ms]", "relative error"):
+        for column in ("nodes", "time (ms)", "relative error"):
             table.add_column(column, justify="right")
         for run in self.passes:
             error = "" if run.error is None else f"{run.error:.3g}"

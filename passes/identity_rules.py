@@ -77,6 +77,10 @@ def _is_one(operand: Operand) -> bool:
     return uniform(operand) == 1
 
 
+def _is_zero(operand: Operand) -> bool:
+    return uniform(operand) == 0
+
+
 @rule(
     "x * 1 => x",
     either(
@@ -93,18 +97,16 @@ def neutral_factor(graph: Graph, match: Match) -> Value | Decline:
 @rule(
     "x + 0 => x",
     either(
-        op("aten.add.Tensor", value("x"), operand("zero"), alpha=literal("alpha")),
-        op("aten.add.Tensor", operand("zero"), value("x")),
-        op("aten.sub.Tensor", value("x"), operand("zero"), alpha=literal("alpha")),
-        op(("operator.add", "operator.sub"), value("x"), literal("zero")),
+        op("aten.add.Tensor", value("x"), operand("zero", where=_is_zero), alpha=literal("alpha")),
+        op("aten.add.Tensor", operand("zero", where=_is_zero), value("x")),
+        op("aten.sub.Tensor", value("x"), operand("zero", where=_is_zero), alpha=literal("alpha")),
+        op(("operator.add", "operator.sub"), value("x"), literal("zero", where=_is_zero)),
     ),
 )
 def neutral_summand(graph: Graph, match: Match) -> Value | Decline:
     """Adding 0.0 turns -0.0 into 0.0; adding -0.0, or subtracting 0.0, changes nothing."""
-    zero = uniform(match["zero"])
-    if zero is None or zero != 0:
-        return Decline(f"{match['zero']!r} is not zero")
-    x = match["x"]
+    zero, x = uniform(match["zero"]), match["x"]
+    assert zero is not None
     if x.is_tensor and x.dtype.is_complex:
         return Decline("signs of complex zeros are not tracked")
     if x.is_tensor and x.dtype.is_floating_point:
@@ -113,6 +115,22 @@ def neutral_summand(graph: Graph, match: Match) -> Value | Decline:
         if math.copysign(1.0, added) > 0:
             return Decline("adding 0.0 to -0.0 gives 0.0")
     return same_type(x, match)
+
+
+@rule(
+    "x & True => x",
+    either(
+        op(("aten.logical_and", "aten.bitwise_and.Tensor"), value("x"), operand("y", where=_is_one)),
+        op("aten.__and__.Tensor", value("x"), operand("y", where=_is_one)),
+        op("aten.__and__.Tensor", operand("y", where=_is_one), value("x")),
+        op(("aten.logical_or", "aten.bitwise_or.Tensor"), value("x"), operand("y", where=_is_zero)),
+        op("aten.__or__.Tensor", value("x"), operand("y", where=_is_zero)),
+        op("aten.__or__.Tensor", operand("y", where=_is_zero), value("x")),
+    ),
+)
+def neutral_truth(graph: Graph, match: Match) -> Value | Decline:
+    x = match["x"]
+    return same_type(x, match) if x.dtype == torch.bool else Decline(f"%{x.name} is no truth value")
 
 
 @rule("copy(x) => x", op(COPIES, value("x"), ...))
@@ -197,6 +215,7 @@ def double_relu(graph: Graph, match: Match) -> Value:
 RULES = (
     neutral_factor,
     neutral_summand,
+    neutral_truth,
     copy,
     cast_to_own_dtype,
     dropout_in_evaluation,

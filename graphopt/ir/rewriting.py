@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -238,9 +238,7 @@ def _try(graph: Graph, rule: Rule, found: Match) -> list[Node] | Decline:
             _substitute(graph, old, new)
             for node in added:
                 node.origin = _origin(node, found, graph.made_by)
-            for node in sorted(found.nodes, key=lambda node: node._key, reverse=True):
-                if node in graph and not any(v.users or v.is_output for v in node.outputs):
-                    graph.erase(node)
+            _erase_unused(graph, found.nodes)
             _keep_names(old, new, added)
     except _Declined as declined:
         return declined.decline
@@ -269,6 +267,17 @@ def _substitute(graph: Graph, old: list[Value], new: list[Any]) -> None:
             raise GraphError(
                 f"the replacement %{after.name} is {_types(after)}, not {_types(before)}"
             )
+
+
+def _erase_unused(graph: Graph, nodes: Iterable[Node]) -> None:
+    """Erase nodes whose results nobody uses, and those before them that this leaves unused."""
+    pending = sorted(nodes, key=lambda node: node._key)
+    while pending:
+        node = pending.pop()
+        if node in graph and not any(v.users or v.is_output for v in node.outputs):
+            before = [v.producer for v in node.input_values() if v.producer is not None]
+            graph.erase(node)
+            pending += before
 
 
 def _keep_names(old: list[Value], new: list[Any], added: list[Node]) -> None:
