@@ -104,7 +104,8 @@ def _declining(name: str) -> tuple[Graph, object, str]:
     "name",
     [
         "several matrices", "vector", "computed matrix", "constant on the left",
-        "two constants", "tied", "output", "integers", "matrix as bias", "one number as bias", "scaled",
+        "two constants", "tied", "output", "integers", "matrix as bias",
+        "one number as bias", "scaled",
     ],
 )  # fmt: skip
 def test_declines(name):
