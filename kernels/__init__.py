@@ -6,6 +6,7 @@ Importing this package registers the built-in families. `registry` says how to w
 from graphopt.kernels import (
     convolution,
     copy,
+    matmul,
     normalization,
     pointwise,
     reduction,
@@ -17,6 +18,7 @@ __all__ = [
     "candidates",
     "convolution",
     "copy",
+    "matmul",
     "normalization",
     "pointwise",
     "reduction",

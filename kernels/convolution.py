@@ -34,8 +34,11 @@ from graphopt.kernels.registry import (
 )
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
+    CYCLES_PER_SECOND,
+    DEPTH,
     TILES,
     VOCABULARY,
+    WORTH_SHARING,
     Epilogue,
     ExtraOperand,
     TileShape,
@@ -44,12 +47,6 @@ from graphopt.kernels.tile import (
     multiply_lines,
 )
 
-CYCLES_PER_SECOND = 3e9
-WORTH_SHARING = 4e-6
-"""Seconds of work from which a team of threads is used."""
-
-_DEPTH = 384
-"""Steps of depth after which a panel is renewed: what the second cache holds of a few panels."""
 _PANEL_BYTES = 2**18
 """Bytes of panels that are kept while the output channels pass by."""
 _PACK_CYCLES = 1.5
@@ -133,22 +130,25 @@ class ConvolutionCandidate(Candidate):
         return [packed]
 
     def scratch_bytes(self, threads: int) -> int:
-        return threads * self._thread_scratch(_blocking(self.image, self.tile, threads))
+        team = self._team(threads)
+        return team * self._thread_scratch(_blocking(self.image, self.tile, team))
 
     def _thread_scratch(self, blocking: _Blocking) -> int:
         depth = blocking.depth_channels * self.image.taps
         return blocking.panels_per_block * depth * self.tile.width * LANES * 4
 
+    def _team(self, threads: int) -> int:
+        """How many of the threads are worth calling."""
+        return threads if self.estimate > WORTH_SHARING else 1
+
     def build(self, threads: int) -> tuple[Step, ...]:
         if self.problem.outputs[0].size == 0:
             return ()
-        parallel = threads > 1 and self.estimate > WORTH_SHARING
-        block, epilogue = self._arguments(
-            _blocking(self.image, self.tile, threads if parallel else 1)
-        )
+        team = self._team(threads)
+        block, epilogue = self._arguments(_blocking(self.image, self.tile, team))
         name = f"convolution_{self.tile.height}x{self.tile.width}"
         entry = source.build(name, kernel_text(block, _lines(self.tile, epilogue), VOCABULARY))
-        return (Step(entry, (*block.values, *epilogue.immediates), parallel),)
+        return (Step(entry, (*block.values, *epilogue.immediates), team > 1),)
 
     def _arguments(self, blocking: _Blocking) -> tuple[Arguments, Epilogue]:
         image, block = self.image, Arguments()
@@ -191,7 +191,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     image = _image(problem)
     if image is None:
         return []
-    found = []
+    found: list[Candidate] = []
     for tile in TILES:
         cycles = _cycles(image, tile, _blocking(image, tile, 1), 1)
         name = f"convolution {tile}"
@@ -254,7 +254,7 @@ def _extra_strides(extra: Operand, y: Operand) -> tuple[int, int, int] | None:
 
 def _depth_channels(image: _Image) -> int:
     """Input channels of one block of depth."""
-    blocks = math.ceil(image.channels * image.taps / _DEPTH)
+    blocks = math.ceil(image.channels * image.taps / DEPTH)
     return math.ceil(image.channels / min(blocks, image.channels))
 
 

@@ -11,15 +11,17 @@ from typing import Any
 
 from numba import njit
 
-from graphopt.kernels.memory import (
-    gather,
-    load_even_masked,
-    load_masked,
-    store,
-    store_masked,
-)
+from graphopt.kernels import memory, simd
 from graphopt.kernels.register import FLOAT32, LANES
-from graphopt.kernels.simd import mask_first
+
+# A type checker sees the first parameter of an intrinsic, which its callers do not give.
+gather: Any = memory.gather
+load_even_masked: Any = memory.load_even_masked
+load_masked: Any = memory.load_masked
+mask_first: Any = simd.mask_first
+store: Any = memory.store
+store_masked: Any = memory.store_masked
+transpose_corner: Any = memory.transpose_corner
 
 inlined: Any = njit(error_model="numpy", nogil=True)
 """For functions that become part of the kernels that call them."""
@@ -138,3 +140,42 @@ def pack_pixels(
         lane = stop
         column = 0
         row += 1
+
+
+@inlined
+def pack_columns(
+    target: int, pitch: int, source: int, step: int, column: int, depth: int, columns: int
+) -> None:
+    """A strided matrix: element (k, n) is at ``source + k * step + n * column``.
+
+    Lanes of the panel beyond ``columns`` keep what they have, or become anything.
+    """
+    first = 0
+    while first < columns:
+        count = min(columns - first, LANES)
+        place = target + 4 * first
+        origin = source + first * column
+        if step == 4 and column != 4:
+            for k in range(0, depth, LANES):
+                transpose_corner(
+                    origin + 4 * k,
+                    column,
+                    place + k * pitch,
+                    pitch,
+                    count,
+                    min(depth - k, LANES),
+                    FLOAT32,
+                )
+        else:
+            mask = mask_first(count, FLOAT32)
+            if column == 4:
+                for _ in range(depth):
+                    store(place, load_masked(origin, FLOAT32, mask))
+                    origin += step
+                    place += pitch
+            else:
+                for _ in range(depth):
+                    store(place, gather(origin, column, FLOAT32, mask))
+                    origin += step
+                    place += pitch
+        first += LANES

@@ -256,6 +256,43 @@ class ConvolutionProblem(Problem):
 
 
 @dataclass(frozen=True)
+class MatmulProblem(Problem):
+    """``aten.matmul`` of at least two dimensions and elementwise operators on its result.
+
+    Inputs are a (*batch, M, K), b (*batch, K, N), whose batch dimensions broadcast, and the
+    further inputs of ``epilogue``, whose first input is the product: they broadcast to the output
+    (*batch, M, N) as in torch. If ``transposed[i]``, the last two dimensions of input i stand the
+    other way round: a linear layer has b (N, K) transposed. Operands may have any layout.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    transposed: tuple[bool, bool] = (False, False)
+    epilogue: Expression | None = None
+
+    @property
+    def depth(self) -> int:
+        """The size that is summed over."""
+        return self.inputs[0].shape[-2 if self.transposed[0] else -1]
+
+    @property
+    def flops(self) -> int:
+        steps = len(self.epilogue.instructions) if self.epilogue else 0
+        return self.outputs[0].size * (2 * self.depth + steps)
+
+    def check(self) -> None:
+        """Raise ValueError where the shapes do not belong together."""
+        shapes = []
+        for operand, transposed in zip(self.inputs, self.transposed, strict=False):
+            *batch, rows, columns = operand.shape
+            shapes.append((*batch, columns, rows) if transposed else operand.shape)
+        a, b = shapes
+        y = self.outputs[0].shape
+        if a[-1] != b[-2] or y[-2:] != (a[-2], b[-1]):
+            raise ValueError(f"{a} times {b} is not {y}")
+
+
+@dataclass(frozen=True)
 class NormalizationProblem(Problem):
     """Rows brought to mean 0 and variance 1, and elementwise operators on the result.
 

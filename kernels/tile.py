@@ -24,6 +24,12 @@ from graphopt.kernels.loops import indent
 from graphopt.kernels.problem import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector, call, splat
 
+CYCLES_PER_SECOND = 3.5e9
+WORTH_SHARING = 4e-6
+"""Seconds of work from which a team of threads is used."""
+DEPTH = 384
+"""Steps of depth after which panels are renewed, so that they stay in the second cache."""
+
 _INT64 = ir.IntType(64)
 
 
@@ -281,8 +287,8 @@ class Epilogue:
         return [
             "q = c",
             *(f"f{index} = e{index}" for index in range(len(self.extras))),
-            "row = 0",
-            "while row < rows:",
+            "line = 0",
+            "while line < rows:",
             *indent(1, constant),
             "    i = 0",
             "    while i + LANES <= columns:",
@@ -291,7 +297,7 @@ class Epilogue:
             "    if i < columns:",
             "        mask = mask_first(columns - i, FLOAT32)",
             *indent(2, self._vector(masked=True)),
-            "    row += 1",
+            "    line += 1",
             "    q += c_row",
             *(f"    f{index} += e{index}_row" for index in range(len(self.extras))),
         ]
