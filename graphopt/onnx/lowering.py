@@ -108,16 +108,19 @@ def _avg_pool2d(builder: Builder, node: Node) -> list[Value] | None:
 
 @rule("aten.adaptive_avg_pool2d", "aten._adaptive_avg_pool2d")
 def _adaptive_avg_pool2d(builder: Builder, node: Node) -> list[Value] | None:
-    """Where windows differ in size: a product with a constant matrix from each side."""
+    """The mean of all; windows of one size; else a product with a constant from each side."""
     x = node["self"]
-    sizes = [x.fixed_size(-2), x.fixed_size(-1)]
     targets = node["output_size"]
-    if not all(isinstance(n, int) for n in (*sizes, *targets)):
+    if targets == [1, 1]:
+        return [builder.add("aten.mean.dim", x, [-2, -1], True)]
+    height, width = x.fixed_size(-2), x.fixed_size(-1)
+    if height is None or width is None or not all(isinstance(n, int) for n in targets):
         return None
-    if all(size % target == 0 for size, target in zip(sizes, targets, strict=True)):
-        return None
-    rows = builder.constant(_averages(sizes[0], targets[0], x.dtype), "row_averages")
-    columns = builder.constant(_averages(sizes[1], targets[1], x.dtype).T, "column_averages")
+    if height % targets[0] == 0 and width % targets[1] == 0:
+        window = [height // targets[0], width // targets[1]]
+        return [builder.add("aten.avg_pool2d", x, window, window)]
+    rows = builder.constant(_averages(height, targets[0], x.dtype), "row_averages")
+    columns = builder.constant(_averages(width, targets[1], x.dtype).T, "column_averages")
     narrow = builder.add("aten.matmul", x, columns)
     return [builder.add("aten.matmul", rows, narrow)]
 
@@ -129,6 +132,23 @@ def _averages(size: int, target: int, dtype: torch.dtype) -> torch.Tensor:
         start, end = row * size // target, -(-(row + 1) * size // target)
         matrix[row, start:end] = 1 / (end - start)
     return matrix.to(dtype)
+
+
+@rule("aten.permute", "aten.transpose.int")
+def _permute(builder: Builder, node: Node) -> list[Value] | None:
+    """A permutation that moves only dimensions of size 1 is a view."""
+    x = node["self"]
+    if node.op == "aten.permute":
+        order = [d % x.rank for d in node["dims"]]
+    else:
+        order = list(range(x.rank))
+        first, second = node["dim0"], node["dim1"]
+        order[first], order[second] = order[second], order[first]
+    sizes = [x.fixed_size(d) for d in order]
+    moved = [d for d, size in zip(order, sizes, strict=True) if size != 1]
+    if moved != sorted(moved) or sizes.count(None) > 1:
+        return None
+    return [builder.add("aten.reshape", x, [-1 if size is None else size for size in sizes])]
 
 
 @rule("aten.im2col")
@@ -179,11 +199,20 @@ def _attention(builder: Builder, node: Node) -> list[Value] | None:
     elif mask is not None:
         scores = builder.add("aten.add.Tensor", scores, mask)
     weights = builder.add("aten.softmax.int", scores, -1)
-    if node["attn_mask"] is not None:
+    if _may_hide_all(node["attn_mask"]):
         nothing = builder.constant(torch.tensor(0.0, dtype=weights.dtype), "nothing")
         absent = builder.add("aten.isnan", weights)
         weights = builder.add("aten.where.self", absent, nothing, weights)
     return [builder.add("aten.matmul", weights, value)]
+
+
+def _may_hide_all(mask: Value | None) -> bool:
+    """Whether a mask may leave nothing to attend to; softmax is NaN there."""
+    if mask is None or mask.constant is None:
+        return mask is not None
+    tensor = mask.constant
+    visible = tensor if tensor.dtype == torch.bool else tensor > -math.inf
+    return not bool(visible.any(-1).all())
 
 
 def _causal_mask(builder: Builder, scores: Value) -> Value:
