@@ -34,7 +34,7 @@ from graphopt.passes import EXACT
 def test_equal_recipes_give_equal_graphs(recipe):
     one, other = build(recipe), build(recipe)
     assert one.graph.to_text() == other.graph.to_text()
-    check(one.graph, other.graph, one.inputs, bitwise=True)
+    check(one.graph, other.graph, one.inputs, signed_zeros=True)
 
 
 @settings(max_examples=100)
@@ -76,7 +76,7 @@ def test_clones_compute_the_same(case: Case):
     twin = case.graph.clone()
     twin.verify()
     assert twin.to_text() == case.graph.to_text()
-    check(case.graph, twin, case.inputs, bitwise=True)
+    check(case.graph, twin, case.inputs, signed_zeros=True)
 
 
 @settings(max_examples=150)
@@ -129,10 +129,10 @@ def _scaled(op: str, operand: float) -> Graph:
 def test_the_check_notices_small_differences_and_lost_signs():
     inputs = [[torch.tensor([[-0.0, 1.0, 2.0], [3.0, -1.0, 0.5]])]]
     graph = _scaled("aten.mul.Tensor", 1.0)
-    check(graph, _scaled("aten.div.Tensor", 1.0), inputs, bitwise=True)
+    check(graph, _scaled("aten.div.Tensor", 1.0), inputs, signed_zeros=True)
     check(graph, _scaled("aten.add.Tensor", 0.0), inputs)
     with pytest.raises(AssertionError, match="signs of zeros"):
-        check(graph, _scaled("aten.add.Tensor", 0.0), inputs, bitwise=True)
+        check(graph, _scaled("aten.add.Tensor", 0.0), inputs, signed_zeros=True)
     with pytest.raises(AssertionError, match="output 0"):
         check(graph, _scaled("aten.mul.Tensor", 1.000001), inputs)
     with pytest.raises(AssertionError, match="an output was"):

@@ -26,7 +26,7 @@ class Origin:
     made_by: str = ""
 
     def __str__(self) -> str:
-        return self.module + (f" by {self.made_by}" if self.made_by else "")
+        return f"{self.module} by {self.made_by}".strip() if self.made_by else self.module
 
 
 @dataclass(eq=False, slots=True)
