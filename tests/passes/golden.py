@@ -30,7 +30,7 @@ def body_of(graph: Graph) -> str:
 
 
 def assert_becomes(inputs: str, before: str, after: str, *passes: Any) -> Graph:
-    """The passes turn one text into the other, keep every bit, and change nothing when run again."""
+    """The passes turn one text into the other, keep every bit, and find nothing to do again."""
     graph = graph_of(inputs, before)
     source = graph.clone()
     assert Pipeline(passes).run(graph).changed

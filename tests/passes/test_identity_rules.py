@@ -237,12 +237,8 @@ def test_a_cast_through_a_narrower_dtype_rounds() -> None:
     )
 
 
-NUMBERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64] + [
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-]
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+NUMBERS = [*INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.mark.parametrize("narrow", NUMBERS)

@@ -1,4 +1,4 @@
-"""Views that change nothing go, chains of views become one; free sizes are never taken for fixed."""
+"""Views that change nothing go, chains become one view; free sizes are not taken for fixed."""
 
 from __future__ import annotations
 
