@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.ir import Graph, Node, Value
+from graphopt.ir import Graph, Node, Operand, Value
 from graphopt.ir.rewriting import Decline, Match, op, rewrite, rule
 from graphopt.passes.channels import (
     ChannelAffine,
@@ -19,13 +19,21 @@ from graphopt.passes.channels import (
 from graphopt.pipeline import Context, register_pass
 
 _NAMES = "add sub rsub mul div".split()
-ARITHMETIC = ("aten.neg", *(f"aten.{n}.{kind}" for n in _NAMES for kind in ("Tensor", "Scalar")))
+ARITHMETIC = (
+    "aten.neg",
+    "aten.addcmul",
+    *(f"aten.{name}.{kind}" for name in _NAMES for kind in ("Tensor", "Scalar")),
+)
+
+_ZERO = torch.zeros((), dtype=torch.float64)
+_Effect = tuple[Tensor, Tensor, int | None]  # scale, shift, dimension
 
 
 def channel_affine(node: Node) -> ChannelAffine | Decline:
-    """The scale and shift that an arithmetic node with a constant operand applies, or why it
-    applies none. The constant may vary along one dimension."""
-    data, other = node["self"], None if node.op == "aten.neg" else node["other"]
+    """The scale and shift that an arithmetic node with constant operands applies, or why it
+    applies none. The constants may vary along one dimension."""
+    names = ("tensor1", "tensor2") if node.op == "aten.addcmul" else ("self", "other")
+    data, other = node[names[0]], None if node.op == "aten.neg" else node[names[1]]
     swapped = not isinstance(data, Value) or data.is_constant
     if swapped:
         data, other = other, data
@@ -33,31 +41,53 @@ def channel_affine(node: Node) -> ChannelAffine | Decline:
         return Decline(f"%{node.name} is not an operand of the same type changed by a constant")
     if not data.dtype.is_floating_point:
         return Decline(f"%{node.name} computes in {data.dtype}")
-    minus_one = torch.tensor(-1.0, dtype=torch.float64)
     if node.op == "aten.neg":
-        return ChannelAffine(data, node.output, minus_one, torch.zeros_like(minus_one), None)
+        effect: _Effect | Decline = (-torch.ones((), dtype=torch.float64), _ZERO, None)
+    elif node.op == "aten.addcmul":
+        effect = _scaled_and_shifted(node, other)
+    else:
+        effect = _arithmetic(node, other, swapped)
+    if isinstance(effect, Decline):
+        return effect
+    scale, shift, dimension = effect
+    if not (scale.isfinite().all() and shift.isfinite().all()):
+        return Decline(f"the constant of %{node.name} gives no finite scale and shift")
+    return ChannelAffine(data, node.output, scale, shift, dimension)
+
+
+def _scaled_and_shifted(node: Node, factor: Operand) -> _Effect | Decline:
+    """``self + value * tensor1 * tensor2``, all constant but the data."""
+    scale, shift = per_channel(factor, node.output), per_channel(node["self"], node.output)
+    if isinstance(scale, Decline):
+        return scale
+    if isinstance(shift, Decline):
+        return shift
+    dimensions = {d for d in (scale[1], shift[1]) if d is not None}
+    if len(dimensions) > 1 or not isinstance(node["value"], (int, float)):
+        return Decline(f"%{node.name} scales one dimension and shifts another")
+    scaled, shifted = torch.broadcast_tensors(scale[0] * node["value"], shift[0])
+    return scaled, shifted, next(iter(dimensions), None)
+
+
+def _arithmetic(node: Node, other: Operand, swapped: bool) -> _Effect | Decline:
+    """Two operands, of which the first is the constant where they are swapped."""
     constant = per_channel(other, node.output)
     if isinstance(constant, Decline):
         return constant
     effect = _effect(node, constant[0], swapped)
-    if isinstance(effect, Decline):
-        return effect
-    scale, shift = effect
-    if not (scale.isfinite().all() and shift.isfinite().all()):
-        return Decline(f"the constant of %{node.name} gives no finite scale and shift")
-    return ChannelAffine(data, node.output, scale, shift, constant[1])
+    return effect if isinstance(effect, Decline) else (*effect, constant[1])
 
 
 def _effect(node: Node, constant: Tensor, swapped: bool) -> tuple[Tensor, Tensor] | Decline:
     """Scale and shift, of the constant's shape; swapped if the constant is the first operand."""
     name = node.op.split(".")[1]
-    one, zero = torch.ones_like(constant), torch.zeros_like(constant)
+    one = torch.ones_like(constant)
     if name == "mul":
-        return constant, zero
+        return constant, _ZERO
     if name == "div":
         if swapped:
             return Decline(f"%{node.name} divides by what is not constant")
-        return one / constant, zero
+        return one / constant, _ZERO
     # add: self + alpha * other; sub: self - alpha * other; rsub: other - alpha * self
     alpha = node["alpha"]
     if not isinstance(alpha, (int, float)):

@@ -82,6 +82,8 @@ ARITHMETIC = {
     "number - x": lambda net, y, c: net("aten.rsub.Scalar", y, 1.5, alpha=2),
     "add Scalar": lambda net, y, c: net("aten.add.Scalar", y, 1.5, 2),
     "div Scalar": lambda net, y, c: net("aten.div.Scalar", y, -4),
+    "addcmul": lambda net, y, c: net("aten.addcmul", c, y, net.random(c.shape[-3], 1, 1), value=2),
+    "addcmul swapped": lambda net, y, c: net("aten.addcmul", net.known(0.5), c, y),
     "0-dim float64": lambda net, y, c: net(
         "aten.mul.Tensor", y, net.known(0.3, "c", torch.float64)
     ),
@@ -203,6 +205,13 @@ def _declining(name: str) -> tuple[Graph, object, str]:
     if name == "infinite":
         y = net.convolution(net.x, 4)
         return net.done(net("aten.add.Tensor", y, float("inf"))), BEFORE, "no finite scale"
+    if name == "scaled and shifted elsewhere":
+        y = net.convolution(net.x, 4, 1)
+        y = net("aten.addcmul", net.random(6), y, net.random(4, 1, 1))
+        return net.done(y), BEFORE, "scales one dimension and shifts another"
+    if name == "shifted by no constant":
+        y = net.convolution(net.x, 4, 1)
+        return net.done(net("aten.addcmul", net.x, y, net.random(4, 1, 1))), BEFORE, "not a const"
     if name == "padding":
         y = net("aten.add.Tensor", net.x, 1.0)
         return net.done(net.convolution(y, 4, padding=[1, 1])), AFTER, "pads with zeros"
@@ -220,7 +229,8 @@ def _declining(name: str) -> tuple[Graph, object, str]:
     [
         "two varying dimensions", "another dimension", "another dimension after", "broadcast",
         "rank", "promotion", "no constant", "free size", "division by the layer",
-        "division by zero", "infinite", "padding", "channels torn apart", "other users",
+        "division by zero", "infinite", "padding", "scaled and shifted elsewhere",
+        "shifted by no constant", "channels torn apart", "other users",
     ],
 )  # fmt: skip
 def test_declines(name):
