@@ -36,40 +36,33 @@ def start(choices: Choices) -> Builder:
     freedom = choices.byte() % 8
     batch = choices.pick([2, 3, 1, 5, 0]) if freedom < 4 else choices.pick([2, 3, 4])
     length = choices.pick([3, 4, 5, 2, 7]) if freedom >= 6 else choices.pick([3, 4, 1, 5, 7, 0])
-    sizes = {}
-    guards = []
-    if freedom >= 4:
-        sizes["batch"] = batch
-        guards = [f"batch % {batch} == 0"] if choices.byte() >= 224 else []
-    if freedom >= 6:
-        sizes["tokens"] = length
-        guards += [f"tokens <= {length + 8}"] if choices.byte() >= 224 else []
-    graph = Graph(sizes, guards)
+    channels = choices.pick([4, 2, 3, 6, 8, 1, 5, 0])
+    side = choices.pick([4, 5, 7, 8, 1, 3])
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...], dict[int, str]]] = {
+        "image": (torch.float32, (batch, channels, side, side + 1), {0: "batch"}),
+        "tokens": (torch.float32, (batch, length, channels), {0: "batch", 1: "tokens"}),
+        "features": (torch.float32, (batch, channels), {0: "batch"}),
+        "signal": (torch.float32, (batch, channels, length), {0: "batch", 2: "tokens"}),
+        "ids": (torch.int64, (batch, length), {0: "batch", 1: "tokens"}),
+        "mask": (torch.bool, (batch, length), {0: "batch", 1: "tokens"}),
+        "scalar": (torch.float32, (), {}),
+    }
+    chosen = [choices.pick(["image", "image", "tokens", "features", "signal"])]
+    chosen += [choices.pick([*kinds, "image"]) for _ in range(choices.byte() // 86)]
+    wanted = {"batch"} if 4 <= freedom < 6 else {"batch", "tokens"} if freedom >= 6 else set()
+    borne = {name for kind in chosen for name in kinds[kind][2].values()}
+    sizes = {n: size for n, size in (("batch", batch), ("tokens", length)) if n in wanted & borne}
+    restrictions = {"batch": f"batch % {max(batch, 1)} == 0", "tokens": f"tokens <= {length + 8}"}
+    graph = Graph(sizes, [restrictions[name] for name in sizes if choices.byte() >= 224])
     builder = Builder(
         graph,
         choices,
         inputs=tuple([] for _ in graph.assignments),
         environments=[{} for _ in graph.assignments],
     )
-    channels = choices.pick([4, 2, 3, 6, 8, 1, 5, 0])
-    side = choices.pick([4, 5, 7, 8, 1, 3])
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {
-        "image": (torch.float32, (batch, channels, side, side + 1), 1),
-        "tokens": (torch.float32, (batch, length, channels), 2),
-        "features": (torch.float32, (batch, channels), 1),
-        "signal": (torch.float32, (batch, channels, length), 1),
-        "ids": (torch.int64, (batch, length), 2),
-        "mask": (torch.bool, (batch, length), 2),
-        "scalar": (torch.float32, (), 0),
-    }
-    floating = ["image", "tokens", "features", "signal"]
-    chosen = [choices.pick(["image", *floating])]
-    chosen += [choices.pick([*kinds, "image"]) for _ in range(choices.byte() // 86)]
     for name in chosen:
         dtype, shape, named = kinds[name]
-        free = {d: n for d, n in enumerate(list(sizes)[:named])}
-        if name == "signal" and "tokens" in sizes:
-            free[2] = "tokens"
+        free = {d: size for d, size in named.items() if size in sizes}
         builder.add_input(name, TensorType(dtype, shape), free)
     return builder
 

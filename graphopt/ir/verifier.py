@@ -63,6 +63,10 @@ def _verify_sources(graph: Graph) -> None:
             actual = TensorType.of(value.constant)
             if any(t != actual for t in value.types):
                 raise GraphError(f"the constant %{name} is {actual}, its type says {value.type}")
+    borne = {name for value in graph.inputs for name in value.free.values()}
+    for name in graph.sizes:
+        if name not in borne:
+            raise GraphError(f"the free size '{name}' is the size of no input's dimension")
     if len(set(graph.inputs)) != len(graph.inputs):
         raise GraphError("an input is listed twice")
     for value in graph.inputs:

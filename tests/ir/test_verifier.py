@@ -153,7 +153,15 @@ def dangling_constant(graph: Graph) -> None:
 
 @damage("uses %x before it is computed")
 def input_that_is_not_listed(graph: Graph) -> None:
-    graph.inputs.clear()
+    graph.add_input("y", TensorType(F32, (2,)), {0: "batch"})
+    del graph.inputs[0]
+
+
+@damage("the free size 'batch' is the size of no input's dimension")
+def free_size_that_no_input_has(graph: Graph) -> None:
+    x = graph.value("x")
+    x.free = {}
+    x.types = (x.types[0], x.types[0])
 
 
 @damage("an input is listed twice")
