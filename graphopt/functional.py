@@ -89,9 +89,9 @@ def make_functional(graph: fx.Graph) -> bool:
         form = functional_form(writer.target)
         assert form is not None
         writer.target = form
-        target.replace_all_uses_with(
-            writer, delete_user_cb=lambda user, at=writer: position[user] > position[at]
-        )
+        for user in list(target.users):
+            if position[user] > position[writer]:
+                user.replace_input_with(target, writer)
     return True
 
 

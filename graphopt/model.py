@@ -156,7 +156,11 @@ class OptimizedModel(nn.Module):
                 traced.check_unchanged()
             precision.observe(self._source[0], *tracing.split_arguments(example_inputs))
             source = tracing.trace(self._source[0], example_inputs, self._dynamic)
-            versions = [(v.name, v.constant, v.constant._version) for v in source.constants]
+            versions = [
+                (value.name, value.constant, value.constant._version)
+                for value in source.constants
+                if value.constant is not None
+            ]
             graph = self._prepare(source.clone())
             traced = Traced(source, graph, versions)
             self._traces.insert(0, traced)

@@ -31,7 +31,7 @@ def cpu_source(model: nn.Module) -> nn.Module:
         raise Error("the model has meta tensors, which hold no values; load its weights first")
     if devices:
         warnings.warn(
-            f"{type(model).__name__} is on {', '.join(sorted(devices))}; a copy of it on the CPU is "
+            f"{type(model).__name__} is on {', '.join(sorted(devices))}; a copy on the CPU is "
             "optimized",
             stacklevel=3,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import inspect
 import logging
 import warnings
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as symbolic_config
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,6 +23,9 @@ from graphopt.errors import GraphError, TraceError
 from graphopt.functional import make_functional, name_dropout_alias
 from graphopt.ir import TENSOR, Graph, Interface
 from graphopt.ir import sizes as free_sizes
+
+# torch makes this module a configuration object, which type checkers do not see.
+symbolic_config: Any = importlib.import_module("torch.fx.experimental._config")
 
 # dimension -> name of its size
 FreeDimensions = Mapping[int, str]
@@ -345,8 +348,7 @@ def _import(
     wanted: list[FreeDimensions],
     names: exported.Sizes,
 ) -> Graph:
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
+    tensors = _state(model)
     sources = list(
         exported.program_sources(
             program, arguments.tensors, arguments.names, names.expression, tensors
@@ -363,6 +365,13 @@ def _import(
         arguments.spec, arguments.leaves, program.call_spec.out_spec, arguments.parameters
     )
     return graph
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, under every name they have."""
+    state: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    state.update(model.named_buffers(remove_duplicate=False))
+    return state
 
 
 def _warn_fixed(
@@ -388,9 +397,8 @@ def _warn_fixed(
 
 def _trace_operators(model: nn.Module, arguments: Arguments) -> Graph:
     """Trace with make_fx, every size fixed."""
-    state = dict(model.named_parameters(remove_duplicate=False))
-    parameters = set(state)
-    state.update(model.named_buffers(remove_duplicate=False))
+    state = _state(model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     out_spec: list[pytree.TreeSpec] = []
 
     def call(state: dict[str, torch.Tensor], tensors: list[torch.Tensor]) -> list[Any]:

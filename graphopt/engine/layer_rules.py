@@ -69,18 +69,18 @@ def _after_bias(epilogue: Expression | None, extra: int) -> Expression:
     old = epilogue or Expression(("float32",), (), (Ref(0),))
     bias, biased = extra + 1, extra + 2
 
-    def moved(operand: Ref | Literal) -> Ref | Literal:
-        if not isinstance(operand, Ref):
-            return operand
-        if operand.index == 0:
+    def moved(ref: Ref) -> Ref:
+        if ref.index == 0:
             return Ref(biased)
-        return operand if operand.index <= extra else Ref(operand.index + 2)
+        return ref if ref.index <= extra else Ref(ref.index + 2)
+
+    def read(operand: Ref | Literal) -> Ref | Literal:
+        return moved(operand) if isinstance(operand, Ref) else operand
 
     body = [Instruction("add", (Ref(0), Ref(bias)), "float32")]
     for step in old.instructions:
-        body.append(Instruction(step.op, tuple(map(moved, step.operands)), step.dtype))
-    results = tuple(Ref(moved(result).index) for result in old.results)  # type: ignore[union-attr]
-    return Expression((*old.inputs, "float32"), tuple(body), results)
+        body.append(Instruction(step.op, tuple(map(read, step.operands)), step.dtype))
+    return Expression((*old.inputs, "float32"), tuple(body), tuple(map(moved, old.results)))
 
 
 Rule = Callable[[Scope, Node], "Layer | None"]

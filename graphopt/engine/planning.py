@@ -127,8 +127,9 @@ def compile_graph(
         kind = types[value]
         assert isinstance(kind, TensorType)
         writer.builder.add_input(value, kind.shape, kind.dtype)
+    read = {value for work in works for value in _read(work)}
     for value in graph.constants:
-        if any(value in _read(work) for work in works) or value.is_output:
+        if value in read or value.is_output:
             assert value.constant is not None
             writer.builder.add_constant(value, value.constant)
     for work in works:
@@ -139,12 +140,12 @@ def compile_graph(
         writer.add(work)
     literals: list[Any] = []
     for output in graph.outputs:
-        kind = types[output] if isinstance(output, Value) else None
-        if isinstance(kind, TensorType):
+        result = types[output] if isinstance(output, Value) else output
+        if isinstance(result, TensorType):
             writer.builder.add_output(output)
             literals.append(COMPUTED)
         else:
-            literals.append(kind.value if isinstance(kind, ScalarType) else output)
+            literals.append(result.value if isinstance(result, ScalarType) else result)
     selecting.save()
     program = writer.builder.build(threads, alone_below=ALONE_BELOW)
     return Plan(graph, program, sizes, writer.steps, writer.packed, literals)

@@ -28,8 +28,8 @@ def to_torch(graph: Graph) -> fx.GraphModule:
     body = fx.Graph()
     names: dict[Value, fx.Node] = {}
     for value in graph.inputs:
-        node = names[value] = body.placeholder(_identifier(value.name))
-        node.meta["tensor_type"] = value.type
+        placeholder = names[value] = body.placeholder(_identifier(value.name))
+        placeholder.meta["tensor_type"] = value.type
     for value in graph.constants:
         path = _attach(root, value)
         names[value] = body.get_attr(path)
