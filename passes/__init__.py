@@ -8,6 +8,7 @@ from graphopt.passes.batch_norm_folding import FoldBatchNorm
 from graphopt.passes.common_subexpressions import CommonSubexpressions
 from graphopt.passes.constant_folding import ConstantFolding
 from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.einsum_canonicalization import CanonicalizeEinsum
 from graphopt.passes.layer_norm_canonicalization import CanonicalizeLayerNorm
 from graphopt.passes.linear_canonicalization import CanonicalizeLinear
 from graphopt.passes.linear_merging import MergeLinears
@@ -18,6 +19,7 @@ __all__ = [
     "EXACT",
     "CanonicalizeActivations",
     "CanonicalizeAttention",
+    "CanonicalizeEinsum",
     "CanonicalizeLayerNorm",
     "CanonicalizeLinear",
     "CommonSubexpressions",
@@ -38,6 +40,7 @@ EXACT = (
     "constant-folding",
     "simplification",
     "common-subexpressions",
+    "canonicalize-einsum",
     "canonicalize-linear",
     "canonicalize-layer-norm",
     "canonicalize-attention",
