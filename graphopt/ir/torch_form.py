@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,13 +69,17 @@ def _returns_several(target: Any) -> bool:
 
 
 def _identifier(name: str) -> str:
-    return name.replace(".", "_").replace("-", "_")
+    identifier = re.sub(r"\W", "_", name)
+    return f"{identifier}_" if identifier == "self" else identifier
 
 
 def _attach(root: nn.Module, value: Value) -> str:
     """Store a constant under its dotted name; modules on the way are made."""
     assert value.constant is not None
-    *path, leaf = [part or "_" for part in value.name.replace("-", "_").split(".")]
+    *path, leaf = [
+        f"{part}_" if not part or keyword.iskeyword(part) else part
+        for part in value.name.split(".")
+    ]
     owner = root
     walked = []
     for part in path:
