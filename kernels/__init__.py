@@ -4,6 +4,7 @@ Importing this package registers the built-in families. `registry` says how to w
 """
 
 from graphopt.kernels import (
+    attention,
     convolution,
     copy,
     matmul,
@@ -15,6 +16,7 @@ from graphopt.kernels import (
 from graphopt.kernels.registry import candidates
 
 __all__ = [
+    "attention",
     "candidates",
     "convolution",
     "copy",

@@ -328,3 +328,86 @@ class SoftmaxProblem(Problem):
     @property
     def flops(self) -> int:
         return 5 * self.inputs[0].size
+
+
+@dataclass(frozen=True)
+class AttentionProblem(Problem):
+    """``aten.scaled_dot_product_attention`` without dropout.
+
+    Inputs are query (*batch, L, E), key (*batch, S, E), value (*batch, S, V), and perhaps a mask
+    (*batch, L, S), float32 to be added to the scaled scores or bool with True for what is seen.
+    Batch dimensions, and the mask's rows, broadcast to those of the output (*batch, L, V). If
+    ``causal``, query i sees keys 0 to i alone. A query that sees nothing yields zeros.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    scale: float
+    causal: bool = False
+
+    @property
+    def flops(self) -> int:
+        query, key = self.inputs[:2]
+        length, size = query.shape[-2], key.shape[-2]
+        per_score = 2 * query.shape[-1] + 2 * self.outputs[0].shape[-1] + 6
+        return math.prod(self.outputs[0].shape[:-2]) * length * size * per_score
+
+    def check(self) -> None:
+        """Raise ValueError where the shapes do not belong together."""
+        query, key, value = (operand.shape for operand in self.inputs[:3])
+        y = self.outputs[0].shape
+        if query[-1] != key[-1] or key[-2] != value[-2] or y[-2:] != (query[-2], value[-1]):
+            raise ValueError(f"attention of {query} to {key} with {value} is not {y}")
+
+
+@dataclass(frozen=True)
+class PoolingProblem(Problem):
+    """The largest element or the average of each window over x (N, C, *spatial).
+
+    ``operator`` is ``max`` or ``mean``; NaN spreads to every window that sees it. Padding (before
+    and after) is -inf for a maximum and 0 for an average. Windows may reach beyond it by less than
+    a stride, as ``ceil_mode`` has it, where there is nothing. An average divides by ``divisor``, or
+    by the number of a window's elements inside the padded image if ``count_padding``, else inside
+    the image.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    operator: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    count_padding: bool = True
+    divisor: int | None = None
+
+    @property
+    def flops(self) -> int:
+        return self.outputs[0].size * math.prod(self.kernel)
+
+    def check(self) -> None:
+        """Raise ValueError where the shapes do not belong together."""
+        x, y = self.inputs[0].shape, self.outputs[0].shape
+        if x[:2] != y[:2] or len(x) != len(y):
+            raise ValueError(f"{y} is not {x} pooled")
+        for size, count, kernel, step, (before, after), reach in zip(
+            x[2:], y[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
+            least = (size + before + after - reach * (kernel - 1) - 1) // step + 1
+            if not least <= count <= least + 1 or (count - 1) * step >= size + before:
+                raise ValueError(f"{size} elements do not pool to {count}, but to {least}")
+
+
+@dataclass(frozen=True)
+class AdaptivePoolingProblem(Problem):
+    """``aten.adaptive_avg_pool``: averages over as many bins as the output (N, C, *bins) has.
+
+    Bin i of n over m elements reaches from floor(i * m / n) to ceil((i + 1) * m / n).
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+    @property
+    def flops(self) -> int:
+        return self.inputs[0].size

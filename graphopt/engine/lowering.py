@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import graphopt.engine.normalization_rules  # noqa: F401 (registers its rules)
+from graphopt.engine import attention_rules, normalization_rules  # noqa: F401 (they register)
 from graphopt.engine.layer_rules import LAYERS, Layer
 from graphopt.engine.pointwise_rules import Draft, assemble, instructions
 from graphopt.engine.view_rules import lower_copy, lower_view

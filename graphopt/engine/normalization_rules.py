@@ -10,7 +10,7 @@ import torch
 from graphopt.engine.layer_rules import Layer, layer_rule
 from graphopt.engine.work import Scope
 from graphopt.ir import Node, Value
-from graphopt.kernels.expression import Expression, Instruction, Literal, Ref
+from graphopt.kernels.expression import Expression, Instruction, Ref
 from graphopt.kernels.problem import NormalizationProblem, Operand, Problem, SoftmaxProblem
 
 _AFFINE = ("mul", "add")
@@ -118,21 +118,21 @@ def _after_affine(epilogue: Expression | None, steps: list[str]) -> Expression:
     old = epilogue or Expression(("float32",), (), (Ref(0),))
     count, inputs = len(steps), len(old.inputs)
 
-    def moved(operand: Ref | Literal) -> Ref | Literal:
-        if not isinstance(operand, Ref):
-            return operand
-        if operand.index == 0:
-            return value
-        return Ref(operand.index + (count if operand.index < inputs else 2 * count))
-
     value = Ref(0)
     body = []
     for place, op in enumerate(steps):
         body.append(Instruction(op, (value, Ref(1 + place)), "float32"))
         value = Ref(inputs + count + place)
+
+    def moved(index: int) -> Ref:
+        if index == 0:
+            return value
+        return Ref(index + (count if index < inputs else 2 * count))
+
     for step in old.instructions:
-        body.append(Instruction(step.op, tuple(map(moved, step.operands)), step.dtype))
-    results = tuple(Ref(moved(result).index) for result in old.results)  # type: ignore[union-attr]
+        operands = (moved(o.index) if isinstance(o, Ref) else o for o in step.operands)
+        body.append(Instruction(step.op, tuple(operands), step.dtype))
+    results = tuple(moved(result.index) for result in old.results)
     first, *others = old.inputs
     return Expression((first, *["float32"] * count, *others), tuple(body), results)
 
