@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graphopt.kernels import source
-from graphopt.kernels.loops import SHARE, Arguments, broadcast_strides, kernel_text
-from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem, Layout, Operand
+from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem, Layout
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -44,6 +44,7 @@ from graphopt.kernels.tile import (
     TileShape,
     epilogue_supported,
     fill,
+    image_strides,
     multiply_lines,
 )
 
@@ -54,7 +55,7 @@ _PACK_CYCLES = 1.5
 
 
 @dataclass(frozen=True)
-class _Image:
+class Image:
     """A convolution of two spatial dimensions, as its kernel sees it.
 
     ``extras`` are the strides of the epilogue's further inputs by (image, channel, pixel).
@@ -105,7 +106,7 @@ class ConvolutionCandidate(Candidate):
     """One shape of register tile."""
 
     problem: ConvolutionProblem
-    image: _Image
+    image: Image
     tile: TileShape
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -188,7 +189,7 @@ class ConvolutionCandidate(Candidate):
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Register tiles of a few shapes, for float32 in the plain layout and a constant weight."""
     problem.check()
-    image = _image(problem)
+    image = image_of(problem)
     if image is None:
         return []
     found: list[Candidate] = []
@@ -199,7 +200,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     return found
 
 
-def _image(problem: ConvolutionProblem) -> _Image | None:
+def image_of(problem: ConvolutionProblem) -> Image | None:
     """The problem in two spatial dimensions, or None where this family cannot solve it."""
     x, weight, *extras = problem.inputs
     (y,) = problem.outputs
@@ -210,7 +211,7 @@ def _image(problem: ConvolutionProblem) -> _Image | None:
         return None
     if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
         return None
-    strides = [_extra_strides(extra, y) for extra in extras]
+    strides = [image_strides(extra, y) for extra in extras]
     if None in strides:
         return None
 
@@ -218,7 +219,7 @@ def _image(problem: ConvolutionProblem) -> _Image | None:
         return (values[-2] if rank == 2 else missing, values[-1])
 
     start = pair([before for before, _ in problem.padding], 0)
-    image = _Image(
+    image = Image(
         x.shape[0],
         problem.groups,
         weight.shape[1],
@@ -239,32 +240,19 @@ def _image(problem: ConvolutionProblem) -> _Image | None:
     return image
 
 
-def _extra_strides(extra: Operand, y: Operand) -> tuple[int, int, int] | None:
-    """Strides by (image, channel, pixel) of an operand of the epilogue."""
-    if len(extra.shape) == 1:
-        return (0, 1, 0)
-    image, channel, *spatial = broadcast_strides(extra.shape, extra.strides, y.shape)
-    varied = [axis for axis, size in enumerate(y.shape[2:]) if size != 1]
-    if all(spatial[axis] == 0 for axis in varied):
-        return (image, channel, 0)
-    if all(spatial[axis] == y.strides[2 + axis] for axis in varied):
-        return (image, channel, 1)
-    return None
-
-
-def _depth_channels(image: _Image) -> int:
+def _depth_channels(image: Image) -> int:
     """Input channels of one block of depth."""
     blocks = math.ceil(image.channels * image.taps / DEPTH)
     return math.ceil(image.channels / min(blocks, image.channels))
 
 
 @functools.cache
-def _blocking(image: _Image, tile: TileShape, threads: int) -> _Blocking:
+def _blocking(image: Image, tile: TileShape, threads: int) -> _Blocking:
     """The cut with the shortest time for the thread that has most to do."""
     return min(_cuts(image, tile, threads), key=lambda cut: _cycles(image, tile, cut, threads))
 
 
-def _cuts(image: _Image, tile: TileShape, threads: int) -> Iterator[_Blocking]:
+def _cuts(image: Image, tile: TileShape, threads: int) -> Iterator[_Blocking]:
     vectors = math.ceil(image.pixels / LANES)
     panels = math.ceil(vectors / tile.width)
     tiles = math.ceil(image.outputs / tile.height)
@@ -278,7 +266,7 @@ def _cuts(image: _Image, tile: TileShape, threads: int) -> Iterator[_Blocking]:
             )
 
 
-def _cycles(image: _Image, tile: TileShape, cut: _Blocking, threads: int) -> float:
+def _cycles(image: Image, tile: TileShape, cut: _Blocking, threads: int) -> float:
     """Cycles of the thread that has most to do, roughly."""
     tasks = image.batch * image.groups * cut.pixel_blocks * cut.channel_blocks
     vectors = math.ceil(cut.vectors * cut.panels_per_block / cut.panels)

@@ -23,6 +23,10 @@ store: Any = memory.store
 store_masked: Any = memory.store_masked
 transpose_corner: Any = memory.transpose_corner
 
+read: Any = memory.read
+select: Any = simd.select
+broadcast: Any = simd.broadcast
+
 inlined: Any = njit(error_model="numpy", nogil=True)
 """For functions that become part of the kernels that call them."""
 
@@ -179,3 +183,59 @@ def pack_columns(
                     origin += step
                     place += pitch
         first += LANES
+
+
+@inlined
+def pad_rows(
+    target: int,
+    pitch: int,
+    rows: int,
+    phase_pitch: int,
+    source: int,
+    height: int,
+    width: int,
+    top: int,
+    left: int,
+    stride: int,
+    fill: float,
+) -> None:
+    """``rows`` rows of an image with ``top`` rows and ``left`` columns of ``fill`` around it.
+
+    A row holds the columns 0, ``stride``, 2 ``stride``, ... first, ``phase_pitch`` bytes further
+    those from 1 on, and so forth, so that windows ``stride`` apart are neighbours. ``top`` may be
+    negative: the rows start inside the image.
+    """
+    first = min(max(top, 0), rows)
+    last = max(min(top + height, rows), first)
+    outside = broadcast(fill, FLOAT32)
+    for phase in range(stride):
+        for column in range(0, phase_pitch // 4, LANES):
+            start = column * stride + phase - left
+            place = target + phase * phase_pitch + 4 * column
+            for _ in range(first):
+                store(place, outside)
+                place += pitch
+            low = min(max(0, (stride - 1 - start) // stride), LANES)
+            high = (width - 1 - start) // stride + 1
+            inside = mask_first(high, FLOAT32) & ~mask_first(low, FLOAT32)
+            origin = source + 4 * ((first - top) * width + start)
+            if stride == 1:
+                for _ in range(first, last):
+                    store(place, select(inside, load_masked(origin, FLOAT32, inside), outside))
+                    origin += 4 * width
+                    place += pitch
+            elif stride == 2:
+                for _ in range(first, last):
+                    value = load_even_masked(origin, FLOAT32, inside)
+                    store(place, select(inside, value, outside))
+                    origin += 4 * width
+                    place += pitch
+            else:
+                for _ in range(first, last):
+                    value = gather(origin, 4 * stride, FLOAT32, inside)
+                    store(place, select(inside, value, outside))
+                    origin += 4 * width
+                    place += pitch
+            for _ in range(last, rows):
+                store(place, outside)
+                place += pitch

@@ -362,7 +362,9 @@ class AttentionProblem(Problem):
 
 @dataclass(frozen=True)
 class PoolingProblem(Problem):
-    """The largest element or the average of each window over x (N, C, *spatial).
+    """The largest element or the average of each window, and elementwise operators on it.
+
+    Inputs are x (N, C, *spatial) and the further inputs of ``epilogue``, as a convolution has them.
 
     ``operator`` is ``max`` or ``mean``; NaN spreads to every window that sees it. Padding (before
     and after) is -inf for a maximum and 0 for an average. Windows may reach beyond it by less than
@@ -380,10 +382,12 @@ class PoolingProblem(Problem):
     dilation: tuple[int, ...]
     count_padding: bool = True
     divisor: int | None = None
+    epilogue: Expression | None = None
 
     @property
     def flops(self) -> int:
-        return self.outputs[0].size * math.prod(self.kernel)
+        steps = len(self.epilogue.instructions) if self.epilogue else 0
+        return self.outputs[0].size * (math.prod(self.kernel) + steps)
 
     def check(self) -> None:
         """Raise ValueError where the shapes do not belong together."""

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from graphopt.kernels.emission import emit, unsupported
 from graphopt.kernels.expression import Expression
-from graphopt.kernels.loops import indent
+from graphopt.kernels.loops import broadcast_strides, indent
 from graphopt.kernels.problem import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector, call, splat
 
@@ -248,6 +248,22 @@ def epilogue_supported(expression: Expression, extras: Sequence[Operand]) -> boo
     if expression.inputs != ("float32", *(extra.dtype for extra in extras)):
         raise ValueError("the operands' dtypes are not those of the epilogue")
     return expression.result_dtypes == ("float32",) and unsupported(expression) is None
+
+
+def image_strides(extra: Operand, y: Operand) -> tuple[int, int, int] | None:
+    """Strides by (image, channel, pixel) of an epilogue's operand; None if there are no such.
+
+    An operand of one dimension has an element per channel, others broadcast to ``y``.
+    """
+    if len(extra.shape) == 1:
+        return (0, 1, 0)
+    image, channel, *spatial = broadcast_strides(extra.shape, extra.strides, y.shape)
+    varied = [axis for axis, size in enumerate(y.shape[2:]) if size != 1]
+    if all(spatial[axis] == 0 for axis in varied):
+        return (image, channel, 0)
+    if all(spatial[axis] == y.strides[2 + axis] for axis in varied):
+        return (image, channel, 1)
+    return None
 
 
 class Epilogue:

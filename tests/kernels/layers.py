@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from support import execute
 
-from graphopt.kernels.expression import Builder, Expression, Ref
-from graphopt.kernels.problem import ConstantOperand, Layout, Problem
+from graphopt.kernels.expression import Builder, Expression
+from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem, Layout, Operand, Problem
 from graphopt.kernels.registry import candidates
 
 SETTINGS = [(1, True, 0), (2, False, 4), (3, True, 8)]
@@ -35,10 +37,6 @@ def chain(*steps: tuple, extras: int = 0) -> Expression:
     return builder.finish(value)
 
 
-def identity() -> Expression:
-    return Expression(("float32",), (), (Ref(0),))
-
-
 def check(
     problem: Problem,
     inputs: Sequence[np.ndarray],
@@ -62,3 +60,61 @@ def check(
             error = np.abs(np.where(finite, result, 0) - np.where(finite, expected, 0))
             bound = np.where(finite, magnitude, 1) * 4 * EPSILON
             assert (error <= bound).all(), f"{candidate.kernel}: {(error / bound).max()} too large"
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution's sizes; what is not given is as torch has it by default."""
+
+    x: tuple[int, ...]
+    outputs: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (self.outputs, self.x[1] // self.groups, *self.kernel)
+
+    def convolve(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """torch's result in float64."""
+        pairs = [size for pair in reversed(self.padding) for size in pair]
+        padded = torch.nn.functional.pad(torch.tensor(x).double(), pairs)
+        convolution = (torch.conv1d, torch.conv2d)[self.rank - 1]
+        return convolution(
+            padded,
+            torch.tensor(weight).double(),
+            None,
+            self.stride or 1,
+            0,
+            self.dilation or 1,
+            self.groups,
+        ).numpy()
+
+    def problem(
+        self,
+        shape: tuple[int, ...],
+        epilogue: Expression | None = None,
+        extras: Sequence[Operand] = (),
+    ) -> ConvolutionProblem:
+        return ConvolutionProblem(
+            (Operand.plain("float32", self.x), constant(self.weight), *extras),
+            (Operand.plain("float32", shape),),
+            self.stride or (1,) * self.rank,
+            self.padding or ((0, 0),) * self.rank,
+            self.dilation or (1,) * self.rank,
+            self.groups,
+            epilogue,
+        )
+
+    def check(self) -> None:
+        x, weight = numbers(self.x), numbers(self.weight, 1)
+        expected = self.convolve(x, weight)
+        magnitude = self.convolve(np.abs(x), np.abs(weight))
+        check(self.problem(expected.shape), [x, weight], expected, magnitude)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import chain, check, constant, numbers
+from layers import Convolution, chain, check, numbers
 from support import solve
 
-from graphopt.kernels.expression import Expression
-from graphopt.kernels.problem import ConvolutionProblem, Layout, Operand
+from graphopt.kernels.problem import Layout, Operand
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import TILES
@@ -22,89 +18,37 @@ from graphopt.kernels.tile import TILES
 HEIGHT, WIDTH = TILES[0].height, TILES[0].width
 
 
-@dataclass(frozen=True)
-class Case:
-    x: tuple[int, ...]
-    outputs: int
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-
-    @property
-    def rank(self) -> int:
-        return len(self.kernel)
-
-    @property
-    def weight(self) -> tuple[int, ...]:
-        return (self.outputs, self.x[1] // self.groups, *self.kernel)
-
-    def convolve(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """torch's result in float64."""
-        pairs = [size for pair in reversed(self.padding) for size in pair]
-        padded = torch.nn.functional.pad(torch.tensor(x).double(), pairs)
-        convolution = (torch.conv1d, torch.conv2d)[self.rank - 1]
-        return convolution(
-            padded,
-            torch.tensor(weight).double(),
-            None,
-            self.stride or 1,
-            0,
-            self.dilation or 1,
-            self.groups,
-        ).numpy()
-
-    def problem(
-        self,
-        shape: tuple[int, ...],
-        epilogue: Expression | None = None,
-        extras: Sequence[Operand] = (),
-    ) -> ConvolutionProblem:
-        return ConvolutionProblem(
-            (Operand.plain("float32", self.x), constant(self.weight), *extras),
-            (Operand.plain("float32", shape),),
-            self.stride or (1,) * self.rank,
-            self.padding or ((0, 0),) * self.rank,
-            self.dilation or (1,) * self.rank,
-            self.groups,
-            epilogue,
-        )
-
-    def check(self) -> None:
-        x, weight = numbers(self.x), numbers(self.weight, 1)
-        expected = self.convolve(x, weight)
-        magnitude = self.convolve(np.abs(x), np.abs(weight))
-        check(self.problem(expected.shape), [x, weight], expected, magnitude)
-
-
 SAME = ((1, 1), (1, 1))
 CASES = {
-    "one": Case((1, 1, 1, 1), 1, (1, 1)),
-    "point": Case((2, 5, 7, 7), 11, (1, 1)),
-    "point, whole tiles": Case((1, 3, 4, 4 * LANES), 2 * HEIGHT, (1, 1)),
-    "point, a pixel more": Case((1, 3, 1, WIDTH * LANES + 1), HEIGHT + 1, (1, 1)),
-    "point, a pixel less": Case((1, 3, 1, WIDTH * LANES - 1), HEIGHT - 1, (1, 1)),
-    "point, padded": Case((1, 3, 5, 6), 4, (1, 1), padding=((0, 2), (1, 0))),
-    "point, strided": Case((1, 3, 9, 2 * LANES + 5), 4, (1, 1), stride=(2, 2)),
-    "3 x 3": Case((2, 3, 9, 10), 8, (3, 3), padding=SAME),
-    "3 x 3, rows of vectors": Case((1, 3, 4, 3 * LANES), 8, (3, 3), padding=SAME),
-    "3 x 3, one pixel": Case((1, 3, 1, 1), 8, (3, 3), padding=SAME),
-    "3 x 3, strided": Case((1, 4, 15, 3 * LANES), 9, (3, 3), stride=(2, 2), padding=SAME),
-    "3 x 3, stride 3": Case((1, 2, 15, 4 * LANES), 3, (3, 3), stride=(1, 3), padding=SAME),
-    "7 x 7": Case((1, 3, 31, 30), 5, (7, 7), stride=(2, 2), padding=((3, 3), (3, 3))),
-    "patches": Case((1, 3, 32, 48), 10, (16, 16), stride=(16, 16)),
-    "one row": Case((1, 3, 5, 40), 6, (1, 7), padding=((0, 0), (3, 3))),
-    "one column": Case((1, 3, 40, 5), 6, (7, 1), padding=((3, 3), (0, 0))),
-    "same as TensorFlow": Case((1, 3, 8, 8), 6, (3, 3), stride=(2, 2), padding=((0, 1), (0, 1))),
-    "dilated": Case((1, 3, 13, 17), 4, (3, 3), padding=((2, 2), (3, 3)), dilation=(2, 3)),
-    "more padding than image": Case((1, 2, 3, 2), 3, (5, 5), padding=((9, 4), (4, 9))),
-    "grouped": Case((2, 12, 6, 5), 15, (3, 3), padding=SAME, groups=3),
-    "a group per channel": Case((1, 6, 6, 5), 6, (3, 3), padding=SAME, groups=6),
-    "deep": Case((1, 530, 3, 3), 9, (3, 3), padding=SAME),
-    "sequence": Case((2, 4, 50), 6, (5,), padding=((4, 0),)),
-    "sequence, strided": Case((2, 4, 50), 6, (5,), stride=(4,), padding=((2, 2),), dilation=(2,)),
-    "no image": Case((0, 4, 5, 5), 6, (3, 3)),
+    "one": Convolution((1, 1, 1, 1), 1, (1, 1)),
+    "point": Convolution((2, 5, 7, 7), 11, (1, 1)),
+    "point, whole tiles": Convolution((1, 3, 4, 4 * LANES), 2 * HEIGHT, (1, 1)),
+    "point, a pixel more": Convolution((1, 3, 1, WIDTH * LANES + 1), HEIGHT + 1, (1, 1)),
+    "point, a pixel less": Convolution((1, 3, 1, WIDTH * LANES - 1), HEIGHT - 1, (1, 1)),
+    "point, padded": Convolution((1, 3, 5, 6), 4, (1, 1), padding=((0, 2), (1, 0))),
+    "point, strided": Convolution((1, 3, 9, 2 * LANES + 5), 4, (1, 1), stride=(2, 2)),
+    "3 x 3": Convolution((2, 3, 9, 10), 8, (3, 3), padding=SAME),
+    "3 x 3, rows of vectors": Convolution((1, 3, 4, 3 * LANES), 8, (3, 3), padding=SAME),
+    "3 x 3, one pixel": Convolution((1, 3, 1, 1), 8, (3, 3), padding=SAME),
+    "3 x 3, strided": Convolution((1, 4, 15, 3 * LANES), 9, (3, 3), stride=(2, 2), padding=SAME),
+    "3 x 3, stride 3": Convolution((1, 2, 15, 4 * LANES), 3, (3, 3), stride=(1, 3), padding=SAME),
+    "7 x 7": Convolution((1, 3, 31, 30), 5, (7, 7), stride=(2, 2), padding=((3, 3), (3, 3))),
+    "patches": Convolution((1, 3, 32, 48), 10, (16, 16), stride=(16, 16)),
+    "one row": Convolution((1, 3, 5, 40), 6, (1, 7), padding=((0, 0), (3, 3))),
+    "one column": Convolution((1, 3, 40, 5), 6, (7, 1), padding=((3, 3), (0, 0))),
+    "same as TensorFlow": Convolution(
+        (1, 3, 8, 8), 6, (3, 3), stride=(2, 2), padding=((0, 1), (0, 1))
+    ),
+    "dilated": Convolution((1, 3, 13, 17), 4, (3, 3), padding=((2, 2), (3, 3)), dilation=(2, 3)),
+    "more padding than image": Convolution((1, 2, 3, 2), 3, (5, 5), padding=((9, 4), (4, 9))),
+    "grouped": Convolution((2, 12, 6, 5), 15, (3, 3), padding=SAME, groups=3),
+    "a group per channel": Convolution((1, 6, 6, 5), 6, (3, 3), padding=SAME, groups=6),
+    "deep": Convolution((1, 530, 3, 3), 9, (3, 3), padding=SAME),
+    "sequence": Convolution((2, 4, 50), 6, (5,), padding=((4, 0),)),
+    "sequence, strided": Convolution(
+        (2, 4, 50), 6, (5,), stride=(4,), padding=((2, 2),), dilation=(2,)
+    ),
+    "no image": Convolution((0, 4, 5, 5), 6, (3, 3)),
 }
 
 
@@ -114,7 +58,7 @@ def test_shapes(name: str) -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn) -> Convolution:
     groups = draw(st.integers(1, 3))
 
     def pair(low: int, high: int) -> tuple[int, int]:
@@ -127,15 +71,15 @@ def cases(draw: st.DrawFn) -> Case:
     )
     x = (draw(st.integers(1, 2)), groups * draw(st.integers(1, 20)), *spatial)
     outputs = groups * draw(st.integers(1, 20))
-    return Case(x, outputs, kernel, pair(1, 4), padding, dilation, groups)
+    return Convolution(x, outputs, kernel, pair(1, 4), padding, dilation, groups)
 
 
 @given(cases())
-def test_any_shape(case: Case) -> None:
+def test_any_shape(case: Convolution) -> None:
     case.check()
 
 
-POINT = Case((2, 5, 3, 7), 11, (1, 1))
+POINT = Convolution((2, 5, 3, 7), 11, (1, 1))
 EPILOGUES = {
     "bias": (chain(("add", "e0"), extras=1), [(11,)]),
     "bias, relu": (chain(("add", "e0"), ("relu",), extras=1), [(11,)]),
@@ -151,8 +95,8 @@ EPILOGUES = {
 
 
 @pytest.mark.parametrize("name", EPILOGUES)
-@pytest.mark.parametrize("case", [POINT, Case((2, 150, 3, 7), 11, (3, 3), padding=SAME)])
-def test_epilogues(name: str, case: Case) -> None:
+@pytest.mark.parametrize("case", [POINT, Convolution((2, 150, 3, 7), 11, (3, 3), padding=SAME)])
+def test_epilogues(name: str, case: Convolution) -> None:
     epilogue, shapes = EPILOGUES[name]
     x, weight = numbers(case.x), numbers(case.weight, 1)
     others = [numbers(shape, 2 + index) for index, shape in enumerate(shapes)]
@@ -189,7 +133,7 @@ def test_special_values_stay_where_they_belong(value: float) -> None:
 
 
 def test_accuracy_is_that_of_torch() -> None:
-    case = Case((1, 512, 7, 7), 32, (3, 3), padding=SAME)
+    case = Convolution((1, 512, 7, 7), 32, (3, 3), padding=SAME)
     x, weight = numbers(case.x), numbers(case.weight, 1)
     exact = case.convolve(x, weight)
     (result,) = solve(case.problem(exact.shape), [x, weight])
@@ -216,4 +160,6 @@ def test_malformed_problems_are_refused() -> None:
     with pytest.raises(ValueError, match="dtypes"):
         candidates(case.problem((2, 8, 9, 10), chain(("add", "e0"), extras=1)))
     with pytest.raises(ValueError, match="divide"):
-        candidates(Case((2, 3, 9, 10), 8, (3, 3), padding=SAME, groups=2).problem((2, 8, 9, 10)))
+        candidates(
+            Convolution((2, 3, 9, 10), 8, (3, 3), padding=SAME, groups=2).problem((2, 8, 9, 10))
+        )

@@ -1,0 +1,283 @@
+"""Sliding windows over single planes, on which depthwise convolution and pooling are built.
+
+The rows that a block of output rows needs are copied into scratch memory with their padding, the
+columns sorted by their remainder modulo the stride. There every position of the window is one
+unmasked load, at a distance that a table holds, for as many output rows at once as a strip has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.kernels import source
+from graphopt.kernels.expression import Expression
+from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.problem import Operand
+from graphopt.kernels.registry import (
+    Argument,
+    Input,
+    Output,
+    Packed,
+    Scratch,
+    Step,
+    aligned_empty,
+)
+    Argument,
+    Output,
+    Packed,
+    Scratch,
+    Step,
+    aligned_empty,
+)
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import VOCABULARY, Epilogue, ExtraOperand, fill
+
+_BLOCK_BYTES = 2**17
+"""Padded rows that a task keeps at a time."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows over ``batch`` images of ``channels`` planes of ``size``, by (vertical, horizontal).
+
+    Each plane yields ``results`` outputs of ``out_size`` side by side. ``start`` is the padding
+    above and on the left. ``strip`` output rows are made at once.
+    """
+
+    batch: int
+    channels: int
+    results: int
+    size: tuple[int, int]
+    out_size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    start: tuple[int, int]
+    strip: int
+
+    @property
+    def planes(self) -> int:
+        """Planes of all images."""
+        return self.batch * self.channels
+
+    @property
+    def taps(self) -> int:
+        """Positions of a window."""
+        return math.prod(self.kernel)
+
+    @property
+    def phase_pitch(self) -> int:
+        """Bytes of the columns of a row that have one remainder modulo the stride."""
+        reach = (self.kernel[1] - 1) * self.dilation[1] // self.stride[1]
+        return 4 * LANES * (math.ceil(self.out_size[1] / LANES) + math.ceil(reach / LANES))
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of a padded row."""
+        return self.stride[1] * self.phase_pitch
+
+    def padded_rows(self, rows: int) -> int:
+        """Rows of the image that ``rows`` output rows need."""
+        return (rows - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] + 1
+
+    @property
+    def block_rows(self) -> int:
+        """Output rows of a task, a multiple of the strip."""
+        strips = math.ceil(self.out_size[0] / self.strip)
+        fitting = _BLOCK_BYTES // self.pitch - self.padded_rows(1)
+        blocks = math.ceil(strips / max(fitting // (self.strip * self.stride[0]), 1))
+        return math.ceil(strips / blocks) * self.strip
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch memory of one thread."""
+        return self.padded_rows(self.block_rows) * self.pitch
+
+    @property
+    def cycles(self) -> float:
+        """Cycles of all tasks together, roughly."""
+        vectors = math.ceil(self.out_size[1] / LANES)
+        strips = math.ceil(self.out_size[0] / self.strip)
+        windows = self.results * strips * vectors * (self.taps * (1 + self.strip) + 5 * self.strip)
+        blocks = math.ceil(self.out_size[0] / self.block_rows)
+        copied = blocks * self.padded_rows(self.block_rows) * self.pitch / (4 * LANES)
+        return self.planes * (windows + 2 * copied + 50)
+
+    def offsets(self) -> np.ndarray:
+        """Bytes from a window's first position to each of the others, int64."""
+        table = aligned_empty((self.taps,), np.int64)
+        for tap in range(self.taps):
+            row, column = divmod(tap, self.kernel[1])
+            place, phase = divmod(column * self.dilation[1], self.stride[1])
+            table[tap] = row * self.dilation[0] * self.pitch + phase * self.phase_pitch + 4 * place
+        return table
+
+    def step(
+        self,
+        name: str,
+        arguments: Mapping[str, Argument],
+        body: WindowBody,
+        extras: Extras,
+        parallel: bool,
+    ) -> Step:
+        """The step that computes all windows.
+
+        ``arguments`` are what ``body`` uses by name, with the input as ``x``.
+        """
+        block = Arguments()
+        blocks = math.ceil(self.out_size[0] / self.block_rows)
+        values: dict[str, Argument] = {
+            "y": Output(0), "offsets": Packed(0), "scratch": Scratch(),
+            "thread_scratch": self.scratch_bytes, "tasks": self.planes * blocks, "blocks": blocks,
+            "block_rows": self.block_rows, "results": self.results, "taps": self.taps,
+            "channels": self.channels * self.results,
+            "window_height": self.padded_rows(1), "height": self.size[0], "width": self.size[1],
+            "out_height": self.out_size[0], "out_width": self.out_size[1],
+            "stride_height": self.stride[0], "stride_width": self.stride[1],
+            "top": self.start[0], "left": self.start[1],
+            "pitch": self.pitch, "phase_pitch": self.phase_pitch,
+        }  # fmt: skip
+        for key, argument in (
+            values | dict(arguments) | extras.arguments(self.out_size[1])
+        ).items():
+            block.add(key, argument)
+        epilogue = Epilogue(extras.expression, extras.operands, len(block.names))
+        strip = range(self.strip)
+        value = "load(place + {} * stride_height * pitch, FLOAT32)"
+        parts = {
+            "prologue": [*epilogue.prologue(), f"outside = {body.outside}"],
+            "share": SHARE,
+            "each result": body.each_result,
+            "begin": [f"sum{row} = broadcast(outside, FLOAT32)" for row in strip],
+            "each tap": body.each_tap,
+            "combine": [
+                f"sum{row} = {body.combine.format(value.format(row), f'sum{row}')}" for row in strip
+            ],
+            "store": [
+                line
+                for row in strip
+                for line in (
+                    f"if rows > {row}:",
+                    f"    result = {body.finish.format(f'sum{row}', f'row + {row}')}",
+                    f"    store_masked(c + {row} * c_row + 4 * column, result, mask)",
+                )
+            ],
+            "epilogue": [*extras.starts(), *epilogue.lines()],
+        }
+        text = kernel_text(block, fill(_BODY, parts, {"STRIP": self.strip}), VOCABULARY)
+        entry = source.build(f"{name}_{self.strip}", text)
+        return Step(entry, (*block.values, *epilogue.immediates), parallel)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """An epilogue, and the inputs of the problem from number ``first`` on that it reads.
+
+    ``strides`` are those of each by (image, channel, pixel).
+    """
+
+    expression: Expression | None
+    operands: tuple[ExtraOperand, ...]
+    strides: tuple[tuple[int, int, int], ...]
+    first: int
+
+    @staticmethod
+    def of(
+        expression: Expression | None,
+        inputs: Sequence[Operand],
+        strides: Sequence[tuple[int, int, int]],
+        first: int,
+    ) -> Extras:
+        """For a problem's inputs."""
+        operands = tuple(
+            ExtraOperand(operand.dtype, along=walk[2] != 0)
+            for operand, walk in zip(inputs[first:], strides, strict=True)
+        )
+        return Extras(expression, operands, tuple(strides), first)
+
+    def arguments(self, width: int) -> dict[str, Argument]:
+        """What the kernel is told of them; output rows have ``width`` elements."""
+        values: dict[str, Argument] = {}
+        for index, (operand, walk) in enumerate(zip(self.operands, self.strides, strict=True)):
+            values[f"extra{index}"] = Input(self.first + index)
+            values[f"extra{index}_image"] = walk[0] * operand.width
+            values[f"extra{index}_channel"] = walk[1] * operand.width
+            values[f"e{index}_row"] = walk[2] * operand.width * width
+        return values
+
+    def starts(self) -> list[str]:
+        """Lines that find what belongs to the strip from ``row`` on."""
+        return [
+            f"e{index} = extra{index} + image * extra{index}_image"
+            f" + channel * extra{index}_channel + row * e{index}_row"
+            for index in range(len(self.operands))
+        ]
+
+
+@dataclass(frozen=True)
+class WindowBody:
+    """The kernel text that makes windows a convolution, a maximum or an average.
+
+    Attributes:
+        outside: the value around the image, and of an empty window.
+        each_result: lines before the rows of a result, number ``channel`` of its image.
+        each_tap: lines before position ``tap`` of the windows is combined.
+        combine: the vector at a position, {0}, and what it joins, {1}.
+        finish: the result of {0}, for output row {1} and the columns from ``column`` on.
+    """
+
+    outside: str
+    combine: str
+    finish: str = "{0}"
+    each_result: Sequence[str] = ()
+    each_tap: Sequence[str] = ()
+
+
+_BODY = """
+<prologue>
+c_row = 4 * out_width
+own_scratch = scratch + thread * thread_scratch
+<share>
+while task < stop:
+    plane = task // blocks
+    first_row = (task - plane * blocks) * block_rows
+    last_row = min(first_row + block_rows, out_height)
+    needed = (last_row - first_row - 1) * stride_height + window_height
+    origin = x + 4 * plane * height * width
+    pad_rows(
+        own_scratch, pitch, needed, phase_pitch, origin, height, width,
+        top - first_row * stride_height, left, stride_width, outside,
+    )
+    number = plane * results
+    while number < (plane + 1) * results:
+        image = number // channels
+        channel = number - image * channels
+        <each result>
+        row = first_row
+        while row < last_row:
+            rows = min(last_row - row, STRIP)
+            columns = out_width
+            c = y + number * out_height * c_row + row * c_row
+            corner = own_scratch + (row - first_row) * stride_height * pitch
+            column = 0
+            while column < columns:
+                mask = mask_first(columns - column, FLOAT32)
+                <begin>
+                tap = 0
+                while tap < taps:
+                    place = corner + read(offsets + 8 * tap, INT64)
+                    <each tap>
+                    <combine>
+                    tap += 1
+                <store>
+                corner += 4 * LANES
+                column += LANES
+            <epilogue>
+            row += STRIP
+        number += 1
+    task += 1
+"""
