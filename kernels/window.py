@@ -26,13 +26,6 @@ from graphopt.kernels.registry import (
     Step,
     aligned_empty,
 )
-    Argument,
-    Output,
-    Packed,
-    Scratch,
-    Step,
-    aligned_empty,
-)
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import VOCABULARY, Epilogue, ExtraOperand, fill
 
