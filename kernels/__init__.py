@@ -7,9 +7,11 @@ from graphopt.kernels import (
     attention,
     convolution,
     copy,
+    depthwise,
     matmul,
     normalization,
     pointwise,
+    pooling,
     reduction,
     softmax,
 )
@@ -20,9 +22,11 @@ __all__ = [
     "candidates",
     "convolution",
     "copy",
+    "depthwise",
     "matmul",
     "normalization",
     "pointwise",
+    "pooling",
     "reduction",
     "softmax",
 ]

@@ -365,7 +365,6 @@ class PoolingProblem(Problem):
     """The largest element or the average of each window, and elementwise operators on it.
 
     Inputs are x (N, C, *spatial) and the further inputs of ``epilogue``, as a convolution has them.
-
     ``operator`` is ``max`` or ``mean``; NaN spreads to every window that sees it. Padding (before
     and after) is -inf for a maximum and 0 for an average. Windows may reach beyond it by less than
     a stride, as ``ceil_mode`` has it, where there is nothing. An average divides by ``divisor``, or
