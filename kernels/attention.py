@@ -21,7 +21,15 @@ from graphopt.kernels.loops import (
     kernel_text,
 )
 from graphopt.kernels.problem import ITEM_BYTES, AttentionProblem
-from graphopt.kernels.registry import Candidate, Input, Output, Scratch, Step, register
+from graphopt.kernels.registry import (
+    Argument,
+    Candidate,
+    Input,
+    Output,
+    Scratch,
+    Step,
+    register,
+)
 from graphopt.kernels.rows import accumulators, load, segments, store, vectors
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
@@ -118,7 +126,7 @@ class _Kernel:
         self.mask = masks[0].dtype if masks else ""
         self.block = Arguments()
         operands = {"query": query, "key": key, "value": value, "y": y}
-        starts = [Input(0), Input(1), Input(2), Output(0)]
+        starts: list[Argument] = [Input(0), Input(1), Input(2), Output(0)]
         for (name, operand), start in zip(operands.items(), starts, strict=True):
             self.block.add(name, start)
             self.block.add(f"{name}_row", 4 * operand.strides[-2])
@@ -133,7 +141,7 @@ class _Kernel:
         nest = collapse(batch, walks)
         blocks = math.ceil(query.shape[-2] / candidate.block)
         self.tasks = math.prod(nest.sizes) * blocks
-        for name, number in {
+        numbers: dict[str, Argument] = {
             "length": query.shape[-2],
             "size": key.shape[-2],
             "inner": query.shape[-1],
@@ -145,7 +153,8 @@ class _Kernel:
             "scratch": Scratch(),
             "thread_bytes": candidate.thread_bytes,
             "pitch": candidate.pitch,
-        }.items():
+        }
+        for name, number in numbers.items():
             self.block.add(name, number)
         widths = [ITEM_BYTES[operand.dtype] for operand in operands.values()]
         steps = {

@@ -24,6 +24,7 @@ SELECTION = [
     "test_reduction.py::test_a_norm_is_one_kernel",
     "test_normalization.py::test_special_values",
     "test_normalization.py::test_operands_of_other_dtypes_and_strides",
+    "test_attention.py::test_special_values",
     "test_softmax.py::test_special_values",
 ]
 TARGETS = {
