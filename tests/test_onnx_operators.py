@@ -118,6 +118,8 @@ def normalization(graph: Graph) -> list[Value]:
         add("aten.layer_norm", y, [8]),
         add("aten.rms_norm", y, [8], positive(graph, 8)),
         add("aten.group_norm", x, 2, scale, shift),
+        add("aten.group_norm", x, 4, scale, shift),
+        add("aten.group_norm", x, 4),
         add("aten.linalg_vector_norm", x, 2, [1], True),
         add("aten.var.correction", x, [1], correction=0),
         add("aten.mean.dim", x, [2, 3], True),

@@ -134,6 +134,16 @@ def _averages(size: int, target: int, dtype: torch.dtype) -> torch.Tensor:
     return matrix.to(dtype)
 
 
+@rule("aten.group_norm")
+def _group_norm(builder: Builder, node: Node) -> list[Value] | None:
+    """With a group per channel it is instance normalisation, which ONNX has as one operator."""
+    x = node["input"]
+    if x.rank < 3 or x.fixed_size(1) != node["num_groups"]:
+        return None
+    statistics = (None, None, True, 0.0, node["eps"], False)
+    return [builder.add("aten.instance_norm", x, node["weight"], node["bias"], *statistics)]
+
+
 @rule("aten.permute", "aten.transpose.int")
 def _permute(builder: Builder, node: Node) -> list[Value] | None:
     """A permutation that moves only dimensions of size 1 is a view."""
@@ -188,8 +198,9 @@ def _attention(builder: Builder, node: Node) -> list[Value] | None:
     if node["enable_gqa"] and query.shape[-3] != key.shape[-3]:
         key = _repeat_heads(builder, key, query)
         value = _repeat_heads(builder, value, query)
-    scaled = builder.add("aten.mul.Tensor", query, scale)
-    scores = builder.add("aten.matmul", scaled, builder.add("aten.transpose.int", key, -2, -1))
+    if scale != 1:
+        query = builder.add("aten.mul.Tensor", query, scale)
+    scores = builder.add("aten.matmul", query, builder.add("aten.transpose.int", key, -2, -1))
     mask = node["attn_mask"]
     if node["is_causal"]:
         mask = _causal_mask(builder, scores)
