@@ -16,10 +16,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -30,6 +31,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 COLUMNS = ("trace", "passes", "engine", "onnx")
 Record = dict[str, Any]
+
+if TYPE_CHECKING:
+    from graphopt import OptimizedModel
 
 
 @contextmanager
@@ -52,6 +56,8 @@ def examine(name: str, size_name: str) -> Record:
     from zoo import NETWORKS
     from zoo_check import Subject
 
+    import graphopt
+
     network = NETWORKS[name]
     size = getattr(network, size_name)
     subject = Subject(network, size)
@@ -65,41 +71,29 @@ def examine(name: str, size_name: str) -> Record:
     record: Record = {"name": name, "tags": network.tags, "size": size}
 
     with stage(record, "trace") as column:
-        column["nodes"] = len(subject.traced.nodes)
-        column.update(verdict(subject.graph_errors(subject.traced)))
+        graph = graphopt.trace(subject.model, subject.example)
+        column["nodes"] = len(graph.nodes)
+        column.update(verdict(subject.graph_errors(graph)))
     with stage(record, "passes") as column:
         graph = subject.optimized.graph
         column["nodes"] = len(graph.nodes)
         column.update(verdict(subject.graph_errors(graph)))
     with stage(record, "engine") as column:
         column.update(verdict(subject.engine_errors()))
-        column["callbacks"] = callbacks(subject.optimized)
+        column["call_backs"] = call_backs(subject.optimized)
     with stage(record, "onnx") as column, tempfile.TemporaryDirectory() as folder:
         column.update(verdict(subject.onnx_errors(Path(folder) / "model.onnx")))
     with stage(record, "time") as column:
-        single = network.inputs(1, size)
-        column["torch_ms"] = best_of(lambda: single.call(subject.model)) * 1e3
-        column["graphopt_ms"] = best_of(lambda: single.call(subject.optimized)) * 1e3
+        medians = subject.optimized.benchmark(network.inputs(1, size).example()).medians
+        column["torch_ms"] = medians["source"] * 1e3
+        column["graphopt_ms"] = medians["graphopt"] * 1e3
     return record
 
 
-def best_of(call: Callable[[], Any], seconds: float = 2.0) -> float:
-    """Shortest time of a call, after a warm-up, of as many as fit into `seconds` (at least 5)."""
-    import torch
-
-    with torch.no_grad():
-        call()
-        times: list[float] = []
-        while len(times) < 5 or sum(times) < seconds:
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def callbacks(optimized: Any) -> int:
-    """Number of steps that torch computes because no kernel of ours does."""
-    return sum(layer["kernel"] == "torch" for layer in optimized.report().to_dict()["layers"])
+def call_backs(optimized: OptimizedModel) -> dict[str, int]:
+    """How often torch computes an operator because no kernel of ours does."""
+    layers = optimized.report().layers
+    return dict(Counter("+".join(layer.operators) for layer in layers if layer.kernel == "torch"))
 
 
 def examine_apart(name: str, size_name: str, limit: float) -> Record:
@@ -143,7 +137,10 @@ def cells(record: Record) -> list[str]:
             row.append(f"{column['error']:.0e}{mark}")
     before = record.get("trace", {}).get("nodes", "")
     after = record.get("passes", {}).get("nodes", "")
-    row += [f"{before} → {after}", str(record.get("engine", {}).get("callbacks", ""))]
+    row += [
+        f"{before} → {after}",
+        str(sum(record.get("engine", {}).get("call_backs", {}).values())),
+    ]
     times = record.get("time", {})
     row += [f"{times[key]:.1f}" if key in times else "" for key in ("torch_ms", "graphopt_ms")]
     return row
@@ -157,13 +154,19 @@ def markdown(records: list[Record]) -> str:
     count = sum(map(passed, records))
     lines = [
         f"{count} of {len(records)} networks pass every column. A column shows the largest",
-        "relative error against torch in float64 over two batch sizes; times are the best of a",
-        "batch of one.",
+        "relative error against torch in float64 over two batch sizes; times are medians at batch",
+        "size one.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),
     ]
     lines += ["| " + " | ".join(c.replace("|", "/") for c in cells(r)) + " |" for r in records]
+    totals = Counter[str]()
+    for record in records:
+        totals.update(record.get("engine", {}).get("call_backs", {}))
+    if totals:
+        counts = ", ".join(f"{name} {count}" for name, count in totals.most_common())
+        lines += ["", f"Computed by torch for want of a kernel: {counts}."]
     for record in records:
         failures = {"process": record, **{name: record.get(name, {}) for name in COLUMNS}}
         for name, column in failures.items():

@@ -61,10 +61,6 @@ class Subject:
         return self.truths[0].inputs.example()
 
     @functools.cached_property
-    def traced(self) -> graphopt.Graph:
-        return graphopt.trace(self.model, self.example)
-
-    @functools.cached_property
     def optimized(self) -> graphopt.OptimizedModel:
         return graphopt.optimize(self.model, self.example)
 
