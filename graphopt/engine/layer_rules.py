@@ -198,6 +198,8 @@ def _reduce(
     def make(epilogue: Expression | None, extra: tuple[Operand, ...]) -> Problem | None:
         if extra:
             return None
-        return ReductionProblem(operator, dimensions, (operand,), (result,), epilogue=epilogue)
+        dtype = epilogue.result_dtypes[0] if epilogue is not None else result.dtype
+        outputs = (Operand.plain(dtype, result.shape),)
+        return ReductionProblem(operator, dimensions, (operand,), outputs, epilogue=epilogue)
 
     return Layer(scope, node.output, (source,), make, takes_epilogue=True)

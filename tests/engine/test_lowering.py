@@ -187,6 +187,15 @@ def test_reductions_take_what_follows() -> None:
     check(graph, [torch.randn(2, 5, 3, 3)])
 
 
+def test_what_follows_a_reduction_may_change_the_dtype() -> None:
+    graph, (x,) = new_graph((3, 37))
+    mean = graph.add("aten.mean.dim", x, [1], True)
+    total = graph.add("aten.sum.dim_IntList", x, [1])
+    positive = graph.add("aten.gt.Scalar", mean, 0.0)
+    graph.set_outputs([positive, graph.add("aten.to.dtype", total, torch.float64)])
+    assert len(check(graph, [torch.randn(3, 37)]).steps) == 2
+
+
 def test_dtypes_and_promotion() -> None:
     graph, (x,) = new_graph((3, 4))
     whole = graph.add("aten.to.dtype", x, torch.int64)
