@@ -21,6 +21,8 @@ from graphopt.ir.value import Node, Operand, Origin, Value, substitute, values_i
 if TYPE_CHECKING:
     import networkx
 
+    from graphopt.ir.weights import Weight
+
 
 class Graph(Storage):
     """A network as operators applied to values.
@@ -99,6 +101,16 @@ class Graph(Storage):
             for value, type in zip(node.outputs, infer(node.operator, operands), strict=True):
                 types[value] = type
         return types
+
+    def weight(self, node: Node) -> Weight:
+        """A layer's weight, to read and to rewrite, also through a dequantize.
+
+        Raises:
+            GraphError: the node has no weight, or it is not a constant.
+        """
+        from graphopt.ir.weights import weight_of
+
+        return weight_of(self, node)
 
     # -- building --------------------------------------------------------------------------
 
