@@ -21,6 +21,10 @@ from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 import graphopt
+from graphopt.engine.layer_rules import LAYERS
+from graphopt.engine.pointwise_rules import RULES as POINTWISE
+from graphopt.engine.view_rules import _COPIES as COPIES
+from graphopt.engine.view_rules import _VIEWS as VIEWS
 
 # What seventy networks of torchvision, timm and transformers export to: ATen names without
 # overloads, in-place operators under their functional names.
@@ -45,6 +49,9 @@ RENAMED = {
     "upsample_bicubic2d": "nn.functional.interpolate",
     "im2col": "nn.functional.unfold",
     "swapaxes": "transpose",
+    "__or__": "bitwise_or",
+    "__xor__": "bitwise_xor",
+    "log_sigmoid": "nn.functional.logsigmoid",
 }
 
 WITHOUT_OPINFO = {
@@ -72,7 +79,7 @@ FURTHER = """
     bitwise_xor lerp clamp_max sum amax amin prod var std argmax argmin any all pixel_shuffle
     pixel_unshuffle channel_shuffle t mT movedim narrow index_select take_along_dim isnan isinf
     isfinite nan_to_num xlogy hypot copysign logaddexp heaviside topk sort tril triu flip
-    constant_pad_nd broadcast_to outer
+    constant_pad_nd broadcast_to outer true_divide unsafe_chunk unsafe_split view_as
 """.split()
 
 # Thousands of samples that differ in one option each: an even selection of them.
@@ -238,6 +245,13 @@ def disagreement(operator: Callable[..., Any], case: Case, output: Any, wanted: 
 def test_every_operator_of_the_census_is_accounted_for() -> None:
     assert {name for name in CENSUS if not opinfos(name)} == WITHOUT_OPINFO
     assert all(opinfos(name) for name in FURTHER)
+
+
+def test_every_operator_with_a_kernel_is_tried() -> None:
+    rules = [*LAYERS, *POINTWISE, *VIEWS, *COPIES]
+    names = {name.removeprefix("aten.").partition(".")[0] for name in rules}
+    tried = {info.full_name for info in distinct([*CENSUS, *FURTHER])}
+    assert not {name for name in names if any(i.full_name not in tried for i in opinfos(name))}
 
 
 @pytest.mark.parametrize("info", distinct([*CENSUS, *FURTHER]), ids=lambda i: i.formatted_name)
