@@ -73,7 +73,7 @@ def _squeezes_free_dimension(node: Node) -> bool:
     if node.op not in SQUEEZES:
         return False
     named = range(x.rank) if node.op == "aten.squeeze" else _as_list(node["dim"])
-    return any(x.fixed_size(dimension) is None for dimension in named)
+    return x.rank > 0 and any(x.fixed_size(dimension) is None for dimension in named)
 
 
 def window(node: Node) -> tuple[int, int, int, int] | None:
