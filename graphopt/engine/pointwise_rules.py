@@ -15,7 +15,8 @@ from graphopt.kernels.problem import ITEM_BYTES
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 # Overloads whose operands mean something else than those of the kernels' rule of that name.
-_OTHER_MEANINGS = {"aten.to.other", "aten.fill.Tensor", "aten.pow.Scalar"}
+# prelu's weight lies along dimension 1, the kernels' along the last.
+_OTHER_MEANINGS = {"aten.to.other", "aten.fill.Tensor", "aten.pow.Scalar", "aten.prelu"}
 
 # An instruction whose operands are values and literals of the graph.
 Draft = tuple[str, tuple[Any, ...], str]
