@@ -148,7 +148,8 @@ class MatmulCandidate(Candidate):
         b: Argument = Packed(1) if self._packed else Input(product.b)
         values: dict[str, Argument] = {
             "a_start": Input(product.a), "b_start": b, "y": Output(0), "offsets": Packed(0),
-            "scratch": 0 if self._packed else Scratch(), "panel_bytes": self._panel_bytes,
+            "scratch": Scratch() if self.scratch_bytes(threads) else 0,
+            "panel_bytes": self._panel_bytes,
             "height": product.rows, "width": product.columns, "depth_size": product.depth,
             "depth_block": self._depth_block,
             "a_row": 4 * product.a_strides[0], "a_step": 4 * product.a_strides[1],

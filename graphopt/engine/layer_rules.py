@@ -1,4 +1,4 @@
-"""Nodes with a kernel family of their own: layers, reductions, pooling."""
+"""Nodes with a kernel family of their own: what a layer is, convolutions, reductions."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def _convolution(scope: Scope, node: Node) -> Layer | None:
         return None
     if node.op == "aten.convolution" and (node["transposed"] or any(node["output_padding"])):
         return None
-    dilation = _per_dimension(scope, node["dilation"], spatial)
+    dilation = per_dimension(scope, node["dilation"], spatial)
     padding = _padding(scope, node, scope.shape(weight)[2:], dilation)
-    stride = _per_dimension(scope, node["stride"], spatial)
+    stride = per_dimension(scope, node["stride"], spatial)
     groups = scope.literal(node["groups"])
     operands = (scope.operand(x), scope.operand(weight))
     result = scope.operand(node.output)
@@ -125,7 +125,8 @@ def _convolution(scope: Scope, node: Node) -> Layer | None:
     return Layer(scope, node.output, (x, weight), make, bias, takes_epilogue=True)
 
 
-def _per_dimension(scope: Scope, given: Any, count: int) -> tuple[int, ...]:
+def per_dimension(scope: Scope, given: Any, count: int) -> tuple[int, ...]:
+    """A number for each of ``count`` dimensions, where one may stand for all."""
     numbers = scope.literal(given)
     if isinstance(numbers, int):
         numbers = [numbers]
@@ -142,7 +143,7 @@ def _padding(
     if given == "same":
         reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         return tuple((total // 2, total - total // 2) for total in reach)
-    return tuple((n, n) for n in _per_dimension(scope, given, len(kernel)))
+    return tuple((n, n) for n in per_dimension(scope, given, len(kernel)))
 
 
 _REDUCTIONS = {
@@ -165,17 +166,7 @@ def _reduction(scope: Scope, node: Node) -> Layer | None:
     same = scope.tensor_type(source).dtype == scope.tensor_type(node.output).dtype
     if not same or not dimensions or not scope.has_kernels(source):
         return None
-    return _reduce(scope, node, source, _REDUCTIONS[node.op], dimensions)
-
-
-@layer_rule("aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool1d")
-def _global_average(scope: Scope, node: Node) -> Layer | None:
-    source = node["self"]
-    size = scope.literal(node["output_size"])
-    if any(n != 1 for n in size) or not scope.all_float32(source):
-        return None
-    rank = len(scope.shape(source))
-    return _reduce(scope, node, source, "mean", tuple(range(rank - len(size), rank)))
+    return reduction_layer(scope, node, source, _REDUCTIONS[node.op], dimensions)
 
 
 def _dimensions(node: Node, name: str, rank: int) -> tuple[int, ...]:
@@ -184,12 +175,15 @@ def _dimensions(node: Node, name: str, rank: int) -> tuple[int, ...]:
     given: Any = node[name] if name in names else None
     if isinstance(given, int):
         given = [given]
+    if rank == 0:  # torch lets a scalar be reduced over dimension 0
+        return ()
     return tuple(sorted({d % rank for d in given})) if given else tuple(range(rank))
 
 
-def _reduce(
+def reduction_layer(
     scope: Scope, node: Node, source: Value, operator: str, dimensions: tuple[int, ...]
 ) -> Layer | None:
+    """A node that reduces ``source`` over ``dimensions`` as a layer."""
     operand, result = scope.operand(source), scope.operand(node.output)
     empty = any(operand.shape[d] == 0 for d in dimensions)
     if empty and operator != "sum":

@@ -12,7 +12,12 @@ import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from graphopt.engine import attention_rules, normalization_rules  # noqa: F401 (they register)
+from graphopt.engine import (  # noqa: F401 (they register their rules)
+    attention_rules,
+    matmul_rules,
+    normalization_rules,
+    pooling_rules,
+)
 from graphopt.engine.layer_rules import LAYERS, Layer
 from graphopt.engine.pointwise_rules import Draft, assemble, instructions
 from graphopt.engine.view_rules import lower_copy, lower_view
@@ -68,7 +73,18 @@ def lower(graph: Graph, types: Mapping[Value, Type]) -> list[Work]:
     works: list[Work] = []
     for unit in _ordered(units):
         works += _finish(scope, unit)
-    return works
+    return _needed(graph, works)
+
+
+def _needed(graph: Graph, works: list[Work]) -> list[Work]:
+    """The works whose results something reads: a permutation's may lie in its source already."""
+    wanted = {output for output in graph.outputs if isinstance(output, Value)}
+    kept = []
+    for work in reversed(works):
+        if not wanted.isdisjoint(work.outputs):
+            wanted.update(work.inputs)
+            kept.append(work)
+    return kept[::-1]
 
 
 def _units(scope: Scope) -> list[Unit]:

@@ -127,13 +127,13 @@ def compile_graph(
         kind = types[value]
         assert isinstance(kind, TensorType)
         writer.builder.add_input(value, kind.shape, kind.dtype)
-    read = {value for work in works for value in _read(work)}
+    read = {value for work in works for value in work.inputs}
     for value in graph.constants:
         if value in read or value.is_output:
             assert value.constant is not None
             writer.builder.add_constant(value, value.constant)
     for work in works:
-        for value in _made(work):
+        for value in work.outputs:
             kind = types[value]
             assert isinstance(kind, TensorType)
             writer.declare(work, value, kind)
@@ -149,14 +149,6 @@ def compile_graph(
     selecting.save()
     program = writer.builder.build(threads, alone_below=ALONE_BELOW)
     return Plan(graph, program, sizes, writer.steps, writer.packed, literals)
-
-
-def _read(work: Work) -> tuple[Value, ...]:
-    return (work.of,) if isinstance(work, AliasWork) else work.inputs
-
-
-def _made(work: Work) -> tuple[Value, ...]:
-    return (work.value,) if isinstance(work, AliasWork) else work.outputs
 
 
 class _Writer:

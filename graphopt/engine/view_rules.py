@@ -86,29 +86,41 @@ def _same_elements(scope: Scope, node: Node, shape: tuple[int, ...]) -> list[Reg
     return [(result, contiguous_strides(result), 0)]
 
 
-@_view("aten.permute")
-def _permute(scope: Scope, node: Node, shape: tuple[int, ...]) -> list[Region]:
-    return [_permuted(shape, [d % len(shape) for d in node["dims"]])]
+_PERMUTATIONS = (
+    "aten.permute",
+    "aten.transpose.int",
+    "aten.swapaxes",
+    "aten.t",
+    "aten.numpy_T",
+    "aten.mT",
+)
 
 
-@_view("aten.transpose.int", "aten.swapaxes")
-def _transpose(scope: Scope, node: Node, shape: tuple[int, ...]) -> list[Region]:
-    order = list(range(len(shape)))
-    if order:
-        first = "dim0" if "dim0" in node.operands else "axis0"
-        a, b = node[first] % len(order), node[first[:-1] + "1"] % len(order)
-        order[a], order[b] = order[b], order[a]
-    return [_permuted(shape, order)]
+@_view(*_PERMUTATIONS)
+def _permute(scope: Scope, node: Node, shape: tuple[int, ...]) -> list[Region] | None:
+    order = permutation(node, len(shape))
+    return None if order is None else [_permuted(shape, order)]
 
 
-@_view("aten.t", "aten.numpy_T", "aten.mT")
-def _matrix_transpose(scope: Scope, node: Node, shape: tuple[int, ...]) -> list[Region]:
-    order = list(range(len(shape)))
-    if node.op == "aten.mT":
+def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
+    """Which of the source's ``rank`` dimensions each dimension of a permuted view is.
+
+    None for nodes that do something else.
+    """
+    if node.op not in _PERMUTATIONS:
+        return None
+    order = list(range(rank))
+    if node.op == "aten.permute":
+        order = [d % rank for d in node["dims"]]
+    elif node.op == "aten.mT":
         order[-2:] = order[-2:][::-1]
-    else:
+    elif node.op in ("aten.t", "aten.numpy_T"):
         order.reverse()
-    return [_permuted(shape, order)]
+    elif order:
+        first = "dim0" if "dim0" in node.operands else "axis0"
+        a, b = node[first] % rank, node[first[:-1] + "1"] % rank
+        order[a], order[b] = order[b], order[a]
+    return tuple(order)
 
 
 def _permuted(shape: tuple[int, ...], order: Sequence[int]) -> Region:

@@ -47,6 +47,14 @@ class AliasWork:
     offset: int
     node: Node
 
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.of,)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return (self.value,)
+
 
 @dataclass(frozen=True)
 class CallBackWork:
