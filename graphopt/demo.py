@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -67,6 +66,7 @@ PHOTOGRAPHS = (
     Photograph("rocket.jpg", "a rocket before its start", (657, 744)),
     Photograph("motorcycle_left.png", "a motorcycle", (665, 670)),
 )
+Way = Callable[[torch.Tensor], torch.Tensor]
 WAYS = ("source model", "optimized model", "ONNX in onnxruntime")
 
 
@@ -137,7 +137,8 @@ def run(onnx_path: Path | None = None, *, repeats: int = 20) -> Demonstration:
     with tempfile.TemporaryDirectory() as folder:
         path = onnx_path or Path(folder) / "efficientnet-lite0.onnx"
         optimized.export_onnx(path)
-        calls = dict(zip(WAYS, (model, optimized, _onnx_runner(path)), strict=True))
+        functions: tuple[Way, ...] = (model, optimized, _onnx_runner(path))
+        calls = dict(zip(WAYS, functions, strict=True))
         with torch.no_grad():
             logits = {name: call(batch) for name, call in calls.items()}
             single = {name: _bind(call, batch[:1]) for name, call in calls.items()}
@@ -162,8 +163,8 @@ def load_photograph(file: str) -> torch.Tensor:
     import skimage
     from PIL import Image
 
-    image = Image.open(os.path.join(os.path.dirname(skimage.__file__), "data", file))
-    image = image.convert("RGB")
+    folder = Path(skimage.__file__).parent / "data"
+    image = Image.open(folder / file).convert("RGB")
     factor = 256 / min(image.size)
     width, height = (round(size * factor) for size in image.size)
     left, top = (width - SIZE) // 2, (height - SIZE) // 2
@@ -182,7 +183,7 @@ def _check_packages() -> None:
         raise Error(f"the demo needs {', '.join(missing)}; pip install 'graphopt[demo]'")
 
 
-def _onnx_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def _onnx_runner(path: Path) -> Way:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
@@ -194,7 +195,7 @@ def _onnx_runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return call
 
 
-def _bind(call: Callable[[torch.Tensor], Any], batch: torch.Tensor) -> Callable[[], Any]:
+def _bind(call: Way, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: call(batch)
 
 

@@ -166,6 +166,12 @@ def joining(graph: Graph) -> list[Value]:
     columns = graph.add_input("columns", TensorType(torch.float32, (2, 36, 16)), {0: "batch"})
     return [
         graph.add("aten.cat", [x, y], 1),
+        graph.add("aten.cat", [graph.add("aten.cat", [x, y], 1), y, x], -3),
+        graph.add(
+            "aten.cat", [graph.add("aten.cat", [x, y], 2), graph.add("aten.cat", [y, x], 2)], 1
+        ),
+        graph.add("aten.unsqueeze", graph.add("aten.unsqueeze", x, 1), 0),
+        graph.add("aten.unsqueeze", graph.add("aten.unsqueeze", x, -1), 2),
         graph.add("aten.stack", [x, y], 1),
         *graph.add_node("aten.split.Tensor", x, 3, 1).outputs,
         *graph.add_node("aten.split_with_sizes", x, [1, 3], 1).outputs,

@@ -27,6 +27,8 @@ def clean(model: onnx_ir.Model) -> None:
             _merge_slices(node)
         elif node.op_type == "Unsqueeze":
             _merge_unsqueezes(node)
+        elif node.op_type == "Concat":
+            _merge_concatenations(node)
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -70,6 +72,31 @@ def _merge_unsqueezes(node: onnx_ir.Node) -> None:
     _set_operands(node, before.inputs[0], [merged])
 
 
+def _merge_concatenations(node: onnx_ir.Node) -> None:
+    """A concatenation takes in those along the same axis that only it uses."""
+    axis = _axis(node)
+    if axis is None:
+        return
+    operands: list[onnx_ir.Value | None] = []
+    for value in node.inputs:
+        before = value.producer() if value is not None else None
+        is_same = before is not None and before.op_type == "Concat" and _axis(before) == axis
+        alone = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+        if before is not None and is_same and alone:
+            operands += before.inputs
+        else:
+            operands.append(value)
+    node.resize_inputs(len(operands))
+    for index, value in enumerate(operands):
+        node.replace_input_with(index, value)
+
+
+def _axis(concatenation: onnx_ir.Node) -> int | None:
+    """Its axis, not negative; None where the rank is unknown."""
+    shape = concatenation.outputs[0].shape
+    return concatenation.attributes["axis"].as_int() % len(shape) if shape is not None else None
+
+
 def _producer(node: onnx_ir.Node) -> onnx_ir.Node | None:
     """What makes a node's first operand, if it is of the same kind."""
     value = node.inputs[0]
@@ -98,7 +125,7 @@ def _set_operands(
         value = onnx_ir.Value(
             name=name,
             type=onnx_ir.TensorType(onnx_ir.DataType.INT64),
-            shape=tensor.shape,
+            shape=onnx_ir.Shape([len(items)]),
             const_value=tensor,
         )
         graph.register_initializer(value)
