@@ -29,6 +29,9 @@ _ASSERTIONS = {
     "aten.sym_constrain_range",
     "aten.sym_constrain_range_for_size",
 }
+# Operators that update running statistics, which their schemas do not say, by the operand that
+# asks them to.
+_STATISTICS = {"aten.batch_norm": "training", "aten.instance_norm": "use_input_stats"}
 _REFUSED = {
     "aten.as_strided": "reads memory by strides, which a graph does not know; "
     "write it as a slice, view or unfold",
@@ -231,6 +234,7 @@ def _add_call(
             op = "aten.reshape"
             kwargs = {"shape" if name == "size" else name: o for name, o in kwargs.items()}
         operands = resolve(op).bind(args, kwargs)
+        _refuse_hidden_write(op, operands)
         node = graph.add_node(op, origin=_origin(call), **operands)
         _check_dtype(node, call.meta.get("val"))
         if op == "aten._native_batch_norm_legit_no_training":
@@ -243,6 +247,18 @@ def _add_call(
         raise raised from error
     several = len(node.outputs) != 1 or isinstance(call.meta.get("val"), (list, tuple))
     environment[call] = list(node.outputs) if several else node.output
+
+
+def _refuse_hidden_write(op: str, operands: Mapping[str, Operand]) -> None:
+    if op not in _STATISTICS or not operands.get(_STATISTICS[op]):
+        return
+    for name in ("running_mean", "running_var"):
+        statistics = operands.get(name)
+        if isinstance(statistics, Value):
+            raise GraphError(
+                f"{op} updates the running statistics '{statistics.name}' in evaluation mode; "
+                "pass None for them, or use them instead of the batch's own"
+            )
 
 
 def _check_dtype(node: Node, traced: Any) -> None:

@@ -42,6 +42,8 @@ SKIPS: tuple[Skip, ...] = (
         (*numbered("float32", 14), *numbered("int64", 14), *numbered("bool", 14)),
         DATA_DEPENDENT,
     ),
+    Skip("nn_functional_batch_norm", numbered("float32", 0, 2, 3, 5, 8), WRITES_INPUT),
+    Skip("nn_functional_instance_norm", numbered("float32", 0, 1, 2, 3, 4, 5, 6, 7), WRITES_INPUT),
     Skip("nn_functional_embedding", numbered("float32", 5, 6, 9), WRITES_INPUT),
     Skip(
         "narrow",

@@ -276,6 +276,18 @@ class WritesBuffer(nn.Module):
         return x + self.count
 
 
+class UpdatesStatistics(nn.Module):
+    """Its operator does not say that it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.var, training=True)
+
+
 class WritesInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2)
@@ -295,6 +307,7 @@ class Strided(nn.Module):
     ("model", "message"),
     [
         (WritesBuffer(), "writes to its buffer 'count'"),
+        (UpdatesStatistics(), "updates the running statistics 'mean'"),
         (WritesInput(), "writes to its input 'x'"),
         (BranchesOnData(), "data-dependent"),
         (Strided(), "as_strided"),
