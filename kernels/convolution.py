@@ -6,7 +6,8 @@ lanes of vectors, weights are broadcast. What a few vectors of output pixels nee
 panel that stays in the caches while all output channels are computed from it (implicit im2col:
 K. Chellapilla, S. Puri and P. Simard, "High performance convolutional neural networks for document
 processing", 2006), which makes every stride, dilation and padding the same dense product. Weights
-are arranged beforehand as [group][tile][depth][row of the tile].
+are arranged beforehand as [group][block of depth][tile][depth][row of the tile], in which order
+they are read.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graphopt.kernels import source
+from graphopt.kernels import matmul, source
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem, Layout
+from graphopt.kernels.problem import (
+    ConstantOperand,
+    ConvolutionProblem,
+    Layout,
+    MatmulProblem,
+    Operand,
+)
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -114,20 +121,18 @@ class ConvolutionCandidate(Candidate):
         assert weight is not None
         image, height = self.image, self.tile.height
         tiles = math.ceil(image.outputs / height)
-        rows = np.zeros((image.groups, tiles * height, image.channels * image.taps), np.float32)
-        blocks = weight.reshape(image.groups, image.outputs, image.channels, image.taps)
         step = _depth_channels(image)
-        rows[:, : image.outputs] = np.concatenate(
-            [
-                blocks[:, :, first : first + step]
-                .transpose(0, 1, 3, 2)
-                .reshape(image.groups, image.outputs, -1)
-                for first in range(0, image.channels, step)
-            ],
-            axis=2,
+        packed = aligned_empty(
+            (image.groups, image.channels * image.taps * tiles * height), np.float32
         )
-        packed = aligned_empty((image.groups, tiles, rows.shape[2], height), np.float32)
-        packed[...] = rows.reshape(image.groups, tiles, height, -1).swapaxes(2, 3)
+        rows = np.zeros((image.groups, tiles * height, image.channels, image.taps), np.float32)
+        rows[:, : image.outputs] = weight.reshape(image.groups, image.outputs, image.channels, -1)
+        rows = rows.reshape(image.groups, tiles, height, image.channels, image.taps)
+        for first in range(0, image.channels, step):
+            block = rows[:, :, :, first : first + step].transpose(0, 1, 4, 3, 2)
+            start = first * image.taps * tiles * height
+            block = block.reshape(image.groups, -1)
+            packed[:, start : start + block.shape[1]] = block
         return [packed]
 
     def scratch_bytes(self, threads: int) -> int:
@@ -185,6 +190,24 @@ class ConvolutionCandidate(Candidate):
         return block, Epilogue(self.problem.epilogue, extras, len(block.names))
 
 
+@dataclass(frozen=True)
+class ProductCandidate(Candidate):
+    """The convolution of images as large as the kernel, which is a linear layer."""
+
+    product: Candidate
+
+    def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        _, weight, *others = constants
+        assert weight is not None
+        return self.product.pack([None, weight.reshape(weight.shape[0], -1), *others])
+
+    def scratch_bytes(self, threads: int) -> int:
+        return self.product.scratch_bytes(threads)
+
+    def build(self, threads: int) -> tuple[Step, ...]:
+        return self.product.build(threads)
+
+
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Register tiles of a few shapes, for float32 in the plain layout and a constant weight."""
@@ -197,7 +220,27 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         cycles = _cycles(image, tile, _blocking(image, tile, 1), 1)
         name = f"convolution {tile}"
         found.append(ConvolutionCandidate(name, problem, cycles / CYCLES_PER_SECOND, image, tile))
+    whole = image.size == image.kernel and image.start == (0, 0)
+    if whole and image.pixels == image.groups == 1:
+        linear = _linear(problem, image)
+        for product in matmul.candidates(linear):
+            name = f"convolution as {product.kernel}"
+            found.append(ProductCandidate(name, problem, product.estimate, product))
     return found
+
+
+def _linear(problem: ConvolutionProblem, image: Image) -> MatmulProblem:
+    """The convolution of images as large as the kernel."""
+    depth = image.channels * image.taps
+    rank = len(problem.outputs[0].shape)
+    extras = []
+    for extra in problem.inputs[2:]:
+        aligned = (1,) * (rank - len(extra.shape)) + extra.shape
+        shape = extra.shape if len(extra.shape) == 1 else aligned[:2]
+        extras.append(Operand.plain(extra.dtype, shape))
+    weight = ConstantOperand((image.outputs, depth), Layout.plain("float32", 2))
+    x, y = (Operand.plain("float32", (image.batch, columns)) for columns in (depth, image.outputs))
+    return MatmulProblem((x, weight, *extras), (y,), (False, True), problem.epilogue)
 
 
 def image_of(problem: ConvolutionProblem) -> Image | None:
@@ -317,6 +360,7 @@ while task < stop:
         block_channels = min(channels - first_channel, depth_channels)
         depth = block_channels * taps
         source = x + (place * channels + first_channel) * plane
+        block_weight = weight + 4 * HEIGHT * taps * tiles * (group * channels + first_channel)
         b = own_scratch
         panel = first_panel
         while panel < last_panel:
@@ -333,7 +377,7 @@ while task < stop:
         while tile < last_tile:
             channel = group * outputs + tile * HEIGHT
             rows = min(outputs - tile * HEIGHT, HEIGHT)
-            a = weight + 4 * HEIGHT * taps * ((group * tiles + tile) * channels + first_channel)
+            a = block_weight + 4 * HEIGHT * depth * tile
             b = own_scratch
             panel = first_panel
             while panel < last_panel:

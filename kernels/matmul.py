@@ -46,7 +46,8 @@ from graphopt.kernels.tile import (
 
 _FLAT = (TileShape(1, 6), TileShape(4, 4)) if LANES == 16 else (TileShape(1, 6), TileShape(2, 4))
 """Tiles for products of few rows."""
-_BYTES_PER_CYCLE = 8
+_BYTES_PER_CYCLE = 16
+"""Of constants, which mostly come from the last cache."""
 _PACK_CYCLES = 3
 """Cycles to arrange one vector of b."""
 
@@ -170,7 +171,7 @@ class MatmulCandidate(Candidate):
 
 
 @register(MatmulProblem)
-def candidates(problem: MatmulProblem) -> list[Candidate]:
+def candidates(problem: MatmulProblem) -> list[MatmulCandidate]:
     """Register tiles of a few shapes; none where the operands are not float32."""
     problem.check()
     a, b, *extras = problem.inputs
@@ -182,22 +183,21 @@ def candidates(problem: MatmulProblem) -> list[Candidate]:
     product = _product(problem)
     if product is None:
         return []
-    found: list[Candidate] = []
-    for tile in (*TILES, *_FLAT):
-        if tile in TILES or product.rows < TILES[0].height:
-            found.append(
-                MatmulCandidate(f"matmul {tile}", problem, _seconds(product, tile), product, tile)
-            )
-    return found
+    constant = isinstance(problem.inputs[product.b], ConstantOperand)
+    tiles = (*TILES, *(_FLAT if product.rows < TILES[0].height else ()))
+    return [
+        MatmulCandidate(f"matmul {tile}", problem, _seconds(product, tile, constant), product, tile)
+        for tile in tiles
+    ]
 
 
-def _seconds(product: _Product, tile: TileShape) -> float:
+def _seconds(product: _Product, tile: TileShape, constant: bool) -> float:
     vectors = math.ceil(product.columns / LANES)
     tiles = math.ceil(product.rows / tile.height) * vectors / tile.width
     compute = tiles * product.depth * tile.cycles + 3 * vectors * product.rows
-    memory = vectors * LANES * 4 * product.depth / _BYTES_PER_CYCLE
-    arrange = vectors * product.depth * _PACK_CYCLES
-    return len(product.offsets) * max(compute, memory, arrange) / CYCLES_PER_SECOND
+    read = 4 * LANES / _BYTES_PER_CYCLE if constant else _PACK_CYCLES
+    cycles = compute + vectors * product.depth * read
+    return len(product.offsets) * cycles / CYCLES_PER_SECOND
 
 
 def _product(problem: MatmulProblem) -> _Product | None:

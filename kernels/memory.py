@@ -140,30 +140,29 @@ def gather(typing: Any, address: Any, stride: Any, vector: Any, mask: Any) -> An
 
 
 @intrinsic
-def load_even_masked(typing: Any, address: Any, vector: Any, mask: Any) -> Any:
-    """Lane i is read at element 2 i from ``address`` on if in ``mask``, else zero."""
+def load_even(typing: Any, address: Any, vector: Any, low: Any, high: Any) -> Any:
+    """The elements 0, 2, 4, ... of two vectors at ``address``.
+
+    Elements of the first outside the mask ``low``, and of the second outside ``high``, are not read
+    and are zero.
+    """
     kind = named_vector(vector)
     if kind is None:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        lanes = kind.lanes
-        memory, mask = _in_memory(kind), Register(builder, kind.of(types.boolean), values[2])
-        step = ir.Constant(values[0].type, lanes * max(kind.bits // 8, 1))
+        memory = _in_memory(kind)
+        step = ir.Constant(values[0].type, kind.lanes * max(kind.bits // 8, 1))
         name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
+        zero = ir.Constant(memory, None)
         halves = []
-        for half, start in enumerate((values[0], builder.add(values[0], step))):
-            # Odd elements are not read: the lane numbers below pick out of the mask and no lanes.
-            first = half * (lanes // 2)
-            spread = [first + lane // 2 if lane % 2 == 0 else lanes for lane in range(lanes)]
-            wanted = mask.shuffle(spread, mask.constant([0] * lanes)).value
-            arguments = [_pointer(builder, start, memory), _alignment(kind), wanted]
-            zero = ir.Constant(memory, None)
-            value = call(builder, name, memory, [*arguments, zero])
+        for start, mask in ((values[0], values[2]), (builder.add(values[0], step), values[3])):
+            arguments = [_pointer(builder, start, memory), _alignment(kind), mask, zero]
+            value = call(builder, name, memory, arguments)
             halves.append(Register(builder, kind, _from_memory(builder, kind, value)))
-        return halves[0].shuffle(list(range(0, 2 * lanes, 2)), halves[1]).value
+        return halves[0].shuffle(list(range(0, 2 * kind.lanes, 2)), halves[1]).value
 
-    return kind(types.int64, vector, mask), generate
+    return kind(types.int64, vector, low, high), generate
 
 
 @intrinsic

@@ -16,8 +16,9 @@ from graphopt.kernels.register import FLOAT32, LANES
 
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
 gather: Any = memory.gather
-load_even_masked: Any = memory.load_even_masked
+load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
+mask_between: Any = simd.mask_between
 mask_first: Any = simd.mask_first
 store: Any = memory.store
 store_masked: Any = memory.store_masked
@@ -55,95 +56,84 @@ def pack_taps(
 ) -> None:
     """What a convolution multiplies for ``vectors`` vectors of output pixels from ``first`` on.
 
-    The panel's rows are ordered by kernel position, then channel. Pixels outside the image, and
-    columns from ``pixels`` on, are zero. ``top`` and ``left`` are the padding. Channels of
+    The panel's rows are ordered by kernel position, then channel. Pixels outside the image are
+    zero, columns from ``pixels`` on anything. ``top`` and ``left`` are the padding. Channels of
     ``image`` are ``plane`` bytes apart and dense inside.
     """
-    target = panel
-    for y in range(kernel_height):
-        for x in range(kernel_width):
-            for vector in range(vectors):
-                start = first + vector * LANES
-                pack_pixels(
-                    target + 4 * vector * LANES,
-                    pitch,
-                    image,
-                    plane,
-                    channels,
-                    height,
-                    width,
-                    out_width,
-                    start,
-                    min(pixels - start, LANES),
-                    stride_height,
-                    stride_width,
-                    y * dilation_height - top,
-                    x * dilation_width - left,
-                )
-            target += channels * pitch
+    for vector in range(vectors):
+        start = first + vector * LANES
+        count = min(pixels - start, LANES)
+        row = start // out_width
+        column = start - row * out_width
+        lane = 0
+        while lane < count:
+            # One piece of an output row; the next overwrites what follows it in the vector.
+            target = panel + 4 * vector * LANES
+            for y in range(kernel_height):
+                source_row = row * stride_height + y * dilation_height - top
+                inside = width if 0 <= source_row < height else 0
+                for x in range(kernel_width):
+                    source_column = (column - lane) * stride_width + x * dilation_width - left
+                    pack_pixels(
+                        target,
+                        pitch,
+                        image + 4 * (source_row * width + source_column),
+                        plane,
+                        channels,
+                        source_column,
+                        stride_width,
+                        inside,
+                        lane,
+                    )
+                    target += channels * pitch
+            lane += out_width - column
+            column = 0
+            row += 1
 
 
 @inlined
 def pack_pixels(
     target: int,
     pitch: int,
-    image: int,
+    source: int,
     plane: int,
     channels: int,
-    height: int,
-    width: int,
-    out_width: int,
     start: int,
-    count: int,
-    stride_height: int,
-    stride_width: int,
-    down: int,
-    right: int,
+    stride: int,
+    width: int,
+    lane: int,
 ) -> None:
-    """One kernel position for one vector of ``count`` output pixels, of every channel.
+    """A vector of the columns from ``start`` on in steps of ``stride``, of every channel.
 
-    The masks depend on the position only, so the loop over channels is the inner one.
+    Lanes before ``lane`` are kept, columns outside 0 to ``width`` are zero. The masks are those of
+    all channels.
     """
-    row = start // out_width
-    column = start - row * out_width
-    lane = 0
-    while lane < count:
-        # One piece of an output row; what follows it in the vector is overwritten by the next.
-        stop = min(count, lane + out_width - column)
-        source_row = row * stride_height + down
-        source_column = column * stride_width + right
-        low = max(0, (stride_width - 1 - source_column) // stride_width)
-        high = min(stop - lane, (width - 1 - source_column) // stride_width + 1)
-        if source_row < 0 or source_row >= height or high <= low:
-            low = high = 0
-        written = ~mask_first(lane, FLOAT32)
-        inside = mask_first(lane + high, FLOAT32) & ~mask_first(lane + low, FLOAT32)
-        source = image + 4 * (source_row * width + source_column - lane * stride_width)
-        place = target
-        if stride_width == 1:
-            if lane == 0:
-                for _ in range(channels):
-                    store(place, load_masked(source, FLOAT32, inside))
-                    source += plane
-                    place += pitch
-            else:
-                for _ in range(channels):
-                    store_masked(place, load_masked(source, FLOAT32, inside), written)
-                    source += plane
-                    place += pitch
-        elif stride_width == 2:
+    kept = mask_first(lane, FLOAT32)
+    if stride == 1:
+        inside = mask_between(start, 1, width, FLOAT32)
+        if lane == 0:
             for _ in range(channels):
-                store_masked(place, load_even_masked(source, FLOAT32, inside), written)
+                store(target, load_masked(source, FLOAT32, inside))
                 source += plane
-                place += pitch
+                target += pitch
         else:
             for _ in range(channels):
-                store_masked(place, gather(source, 4 * stride_width, FLOAT32, inside), written)
+                store_masked(target, load_masked(source, FLOAT32, inside), ~kept)
                 source += plane
-                place += pitch
-        lane = stop
-        column = 0
-        row += 1
+                target += pitch
+    elif stride == 2:
+        low = mask_between(start, 1, width, FLOAT32)
+        high = mask_between(start + LANES, 1, width, FLOAT32)
+        for _ in range(channels):
+            store_masked(target, load_even(source, FLOAT32, low, high), ~kept)
+            source += plane
+            target += pitch
+    else:
+        inside = mask_between(start, stride, width, FLOAT32)
+        for _ in range(channels):
+            store_masked(target, gather(source, 4 * stride, FLOAT32, inside), ~kept)
+            source += plane
+            target += pitch
 
 
 @inlined
@@ -215,19 +205,18 @@ def pad_rows(
             for _ in range(first):
                 store(place, outside)
                 place += pitch
-            low = min(max(0, (stride - 1 - start) // stride), LANES)
-            high = (width - 1 - start) // stride + 1
-            inside = mask_first(high, FLOAT32) & ~mask_first(low, FLOAT32)
             origin = source + 4 * ((first - top) * width + start)
+            inside = mask_between(start, stride, width, FLOAT32)
             if stride == 1:
                 for _ in range(first, last):
                     store(place, select(inside, load_masked(origin, FLOAT32, inside), outside))
                     origin += 4 * width
                     place += pitch
             elif stride == 2:
+                low = mask_between(start, 1, width, FLOAT32)
+                high = mask_between(start + LANES, 1, width, FLOAT32)
                 for _ in range(first, last):
-                    value = load_even_masked(origin, FLOAT32, inside)
-                    store(place, select(inside, value, outside))
+                    store(place, select(inside, load_even(origin, FLOAT32, low, high), outside))
                     origin += 4 * width
                     place += pitch
             else:

@@ -31,6 +31,7 @@ from graphopt.kernels.memory import (
     gather,
     lane_numbers,
     load,
+    load_even,
     load_masked,
     named_vector,
     read,
@@ -88,7 +89,9 @@ __all__ = [
     "fma",
     "gather",
     "load",
+    "load_even",
     "load_masked",
+    "mask_between",
     "mask_first",
     "maximum",
     "minimum",
@@ -215,6 +218,23 @@ def mask_first(typing: Any, count: Any, vector: Any) -> Any:
         return (lanes < splat(builder, lanes.type, values[0])).value
 
     return kind.of(types.boolean)(types.int64, vector), generate
+
+
+@intrinsic
+def mask_between(typing: Any, start: Any, step: Any, stop: Any, vector: Any) -> Any:
+    """The mask of the lanes i with ``0 <= start + i * step < stop``; all of these below 2**31."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        numbers = Vector(types.uint32, kind.lanes)
+        lanes = Register(builder, numbers, ir.Constant(numbers.llvm, list(range(kind.lanes))))
+        narrow = [builder.trunc(value, ir.IntType(32)) for value in values[:3]]
+        first, distance, limit = (splat(builder, numbers, value) for value in narrow)
+        return (first + lanes * distance < limit).value
+
+    return kind.of(types.boolean)(types.int64, types.int64, types.int64, vector), generate
 
 
 @intrinsic

@@ -48,6 +48,10 @@ CASES = {
     "sequence, strided": Convolution(
         (2, 4, 50), 6, (5,), stride=(4,), padding=((2, 2),), dilation=(2,)
     ),
+    "image of one pixel": Convolution((3, 40, 1, 1), 70, (1, 1)),
+    "as large as the kernel": Convolution((2, 5, 4, 3), 2 * LANES + 1, (4, 3)),
+    "kernel wider than its image": Convolution((1, 3, 2, 2), 4, (2, 2), (4, 4), ((1, 1), (1, 1))),
+    "sequence as long as the kernel": Convolution((2, 3, 6), 5, (6,)),
     "no image": Convolution((0, 4, 5, 5), 6, (3, 3)),
 }
 
@@ -116,6 +120,19 @@ def test_epilogues(name: str, case: Convolution) -> None:
     extras = [Operand.plain("float32", shape) for shape in shapes]
     problem = case.problem(tuple(product.shape), epilogue, extras)
     check(problem, [x, weight, *others], result.numpy(), magnitude)
+
+
+def test_epilogues_of_one_pixel() -> None:
+    case = Convolution((2, 40, 1, 1), 11, (1, 1))
+    x, weight = numbers(case.x), numbers(case.weight, 1)
+    bias, scale, residual = numbers((11,), 2), numbers((11, 1, 1), 3), numbers((2, 11, 1, 1), 4)
+    product = case.convolve(x, weight)
+    expected = (product + bias[:, None, None]) * scale + residual
+    epilogue = chain(("add", "e0"), ("mul", "e1"), ("add", "e2"), extras=3)
+    extras = [Operand.plain("float32", other.shape) for other in (bias, scale, residual)]
+    problem = case.problem(product.shape, epilogue, extras)
+    magnitude = 10 * (1 + case.convolve(np.abs(x), np.abs(weight)))
+    check(problem, [x, weight, bias, scale, residual], expected, magnitude)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
