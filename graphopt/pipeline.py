@@ -163,8 +163,10 @@ class Pipeline:
         graph.verify()
         runs: list[PassRun] = []
         passes = self.passes[:stop_after]
+        before = graph.clone()
         for position, one in enumerate(ctx.track(passes, "passes")):
-            before = graph.clone()
+            if before.version != graph.version:
+                before = graph.clone()
             with _failing(graph, before, one, passes[position:], reproducer):
                 yardstick = None if check is None else Yardstick(graph, check)
                 started = time.perf_counter()
