@@ -40,6 +40,8 @@ COPIES = (
     "aten.resolve_conj",
     "aten.resolve_neg",
 )
+_CONJUNCTIONS = ("aten.logical_and", "aten.bitwise_and.Tensor", "aten.__and__.Tensor")
+_DISJUNCTIONS = ("aten.logical_or", "aten.bitwise_or.Tensor", "aten.__or__.Tensor")
 DROPOUTS = (
     "aten.dropout",
     "aten.alpha_dropout",
@@ -120,12 +122,10 @@ def neutral_summand(graph: Graph, match: Match) -> Value | Decline:
 @rule(
     "x & True => x",
     either(
-        op(("aten.logical_and", "aten.bitwise_and.Tensor"), value("x"), operand("y", where=_is_one)),
-        op("aten.__and__.Tensor", value("x"), operand("y", where=_is_one)),
-        op("aten.__and__.Tensor", operand("y", where=_is_one), value("x")),
-        op(("aten.logical_or", "aten.bitwise_or.Tensor"), value("x"), operand("y", where=_is_zero)),
-        op("aten.__or__.Tensor", value("x"), operand("y", where=_is_zero)),
-        op("aten.__or__.Tensor", operand("y", where=_is_zero), value("x")),
+        op(_CONJUNCTIONS, value("x"), operand(where=_is_one)),
+        op(_CONJUNCTIONS, operand(where=_is_one), value("x")),
+        op(_DISJUNCTIONS, value("x"), operand(where=_is_zero)),
+        op(_DISJUNCTIONS, operand(where=_is_zero), value("x")),
     ),
 )
 def neutral_truth(graph: Graph, match: Match) -> Value | Decline:
