@@ -70,7 +70,7 @@ def build(recipe: Recipe) -> Case:
     return Case(recipe, builder.graph, builder.inputs)
 
 
-def recipes(names: Sequence[str] = ()) -> st.SearchStrategy[Recipe]:
+def recipes(names: Sequence[str] = (), longest: int = LONGEST_RECIPE) -> st.SearchStrategy[Recipe]:
     """Recipes of all steps, or of those that are named.
 
     Whole patterns, such as a convolution before a batch norm, are as frequent as single
@@ -82,13 +82,13 @@ def recipes(names: Sequence[str] = ()) -> st.SearchStrategy[Recipe]:
         if names
         else st.one_of(st.sampled_from(list(STEPS)), st.sampled_from(list(PATTERNS)))
     )
-    steps = st.lists(st.tuples(kinds, decisions), min_size=2, max_size=LONGEST_RECIPE)
+    steps = st.lists(st.tuples(kinds, decisions), min_size=2, max_size=longest)
     return st.builds(Recipe, decisions, steps.map(tuple), decisions)
 
 
-def cases(names: Sequence[str] = ()) -> st.SearchStrategy[Case]:
+def cases(names: Sequence[str] = (), longest: int = LONGEST_RECIPE) -> st.SearchStrategy[Case]:
     """Verified graphs with inputs; see `recipes`."""
-    return recipes(names).map(build)
+    return recipes(names, longest).map(build)
 
 
 def _doubled(leaf: Any) -> Any:

@@ -159,6 +159,15 @@ def squeeze_and_excite(b: Builder) -> None:
     b.apply("aten.mul.Tensor", x, b.apply("aten.sigmoid", b.apply("aten.conv2d", narrow, weight)))
 
 
+@pattern
+def class_token(b: Builder) -> None:
+    """A constant row for every element of the batch, put before a sequence."""
+    x = b.tensor(lambda v: v.rank == 3 and v.fixed_size(2) is not None)
+    token = b.constant(1, 1, x.shape[2], name="token")
+    rows = b.apply("aten.expand", token, [b.size(x, 0), -1, -1])
+    b.apply("aten.cat", [rows, x], 1)
+
+
 # -- what exporters write out -----------------------------------------------------------------
 
 
