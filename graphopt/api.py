@@ -50,7 +50,8 @@ def optimize(
         raise Error(f"optimize takes an nn.Module, got a {type(model).__name__}")
     if isinstance(model, OptimizedModel):
         raise Error("the model is optimized already; optimize its source with all passes at once")
-    pipeline = Pipeline([*EXACT, *passes, *EXACT])
+    given = list(passes)
+    pipeline = Pipeline([*EXACT, *given, *(EXACT if given else ())])
 
     def prepare(graph: Graph) -> Graph:
         count = optimized.threads

@@ -134,14 +134,18 @@ def rewrite_layer(graph: Graph, layer: Layer, taps: Tensor, offsets: Tensor) -> 
 def is_storable(layer: Layer, taps: Tensor, offsets: Tensor) -> bool:
     """Whether the layer's dtype holds a weight and bias with its usual precision: nothing
     overflows, and per output channel nothing underflows that float32 could tell from zero."""
-    rows = torch.cat([taps.flatten(2), offsets.reshape(*taps.shape[:2], 1)], dim=2)
-    dtype = layer.weight.dtype
-    stored = rows.to(dtype).double()
-    if not stored.isfinite().all():
-        return False
-    weights, error = rows[:, :, :-1], (stored - rows)[:, :, :-1].abs()
-    allowed = torch.finfo(dtype).eps * weights.abs().amax(dim=2, keepdim=True)
-    return bool((error <= allowed + torch.finfo(torch.float32).tiny).all())
+    bounds, least = torch.finfo(layer.weight.dtype), torch.finfo(torch.float32).tiny
+    for tensor in (taps, offsets):
+        if tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not (low >= bounds.min and high <= bounds.max):
+                return False
+    if bounds.tiny <= least:
+        return True  # rounding is relative down to what float32 cannot tell from zero
+    weights = taps.flatten(2)
+    error = (weights.to(layer.weight.dtype).double() - weights).abs()
+    allowed = bounds.eps * weights.abs().amax(dim=2, keepdim=True)
+    return bool((error <= allowed + least).all())
 
 
 def _put(graph: Graph, node: Node, name: str, tensor: Tensor) -> None:
