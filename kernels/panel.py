@@ -108,9 +108,9 @@ def pack_pixels(
     Lanes before ``lane`` are kept, columns outside 0 to ``width`` are zero. The masks are those of
     all channels.
     """
-    kept = mask_first(lane, FLOAT32)
+    written = ~mask_first(lane, FLOAT32)
+    inside = mask_between(start, stride, width, FLOAT32)
     if stride == 1:
-        inside = mask_between(start, 1, width, FLOAT32)
         if lane == 0:
             for _ in range(channels):
                 store(target, load_masked(source, FLOAT32, inside))
@@ -118,20 +118,25 @@ def pack_pixels(
                 target += pitch
         else:
             for _ in range(channels):
-                store_masked(target, load_masked(source, FLOAT32, inside), ~kept)
+                store_masked(target, load_masked(source, FLOAT32, inside), written)
                 source += plane
                 target += pitch
     elif stride == 2:
         low = mask_between(start, 1, width, FLOAT32)
         high = mask_between(start + LANES, 1, width, FLOAT32)
-        for _ in range(channels):
-            store_masked(target, load_even(source, FLOAT32, low, high), ~kept)
-            source += plane
-            target += pitch
+        if lane == 0:
+            for _ in range(channels):
+                store(target, load_even(source, FLOAT32, low, high))
+                source += plane
+                target += pitch
+        else:
+            for _ in range(channels):
+                store_masked(target, load_even(source, FLOAT32, low, high), written)
+                source += plane
+                target += pitch
     else:
-        inside = mask_between(start, stride, width, FLOAT32)
         for _ in range(channels):
-            store_masked(target, gather(source, 4 * stride, FLOAT32, inside), ~kept)
+            store_masked(target, gather(source, 4 * stride, FLOAT32, inside), written)
             source += plane
             target += pitch
 
