@@ -293,7 +293,7 @@ class Epilogue:
         self.expression = expression
         self.extras = extras
         names = ["product", *(f"v{index}" for index in range(len(extras)))]
-        self.emission = emit(expression, names, argument) if expression else None
+        self.emission = emit(expression, names, argument, "step") if expression else None
 
     @property
     def immediates(self) -> tuple[int, ...]:

@@ -91,6 +91,14 @@ def test_rows_and_columns_are_told_apart() -> None:
     assert ops_of(plan) == [["linear", "mul", "add"]]
 
 
+def test_numbers_of_an_epilogue_beside_several_operands() -> None:
+    graph, (x, a, b) = new_graph((3, 5), (3, 4), (4,))
+    y = graph.add("aten.addcmul", a, b, linear(graph, x, 4), value=0.5)
+    graph.set_outputs([graph.add("aten.hardswish", y)])
+    plan = check(graph, [torch.randn(3, 5), torch.randn(3, 4), torch.randn(4)])
+    assert ops_of(plan) == [["linear", "addcmul", "hardswish"]]
+
+
 def test_what_widens_a_product_is_not_its_epilogue() -> None:
     graph, (x, y) = new_graph((1, 5), (3, 4))
     graph.set_outputs([graph.add("aten.add.Tensor", linear(graph, x, 4), y)])
