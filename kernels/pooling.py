@@ -131,10 +131,13 @@ def _sliding(
     extras: Extras = _NOTHING,
 ) -> list[PoolingCandidate]:
     name = "max" if counts is None else "average"
-    planes = problem.inputs[0].shape[:2]
+    batch, channels = problem.inputs[0].shape[:2]
+    size, out_size = sizes
     found = []
-    for strip in _STRIPS if sizes[1][0] > 1 else (1,):
-        windows = Windows(*planes, 1, *sizes, kernel, stride, dilation, start, strip)
+    for strip in _STRIPS if out_size[0] > 1 else (1,):
+        windows = Windows(
+            batch, channels, 1, size, out_size, kernel, stride, dilation, start, strip
+        )
         seconds = windows.cycles / CYCLES_PER_SECOND
         label = f"{name} pooling {strip} rows"
         found.append(PoolingCandidate(label, problem, seconds, windows, counts, extras))
