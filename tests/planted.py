@@ -6,6 +6,7 @@ text to be changed is no longer there, planting fails loudly and the fault must 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import inspect
 import os
@@ -18,7 +19,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from random_graphs import Case, cases, check_engine, check_pass
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -103,6 +104,7 @@ def on_random_graphs(check: Callable[[Case], None], steps: Sequence[str], count:
         database=None,
         deadline=None,
         phases=(Phase.generate,),
+        verbosity=Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
     )
     @given(cases(steps, longest=3))
@@ -151,7 +153,7 @@ def in_a_child(check: Check) -> Check:
     def run() -> None:
         child = os.fork()
         if child == 0:
-            os.close(2)
+            faulthandler.disable()
             try:
                 check()
             except BaseException:

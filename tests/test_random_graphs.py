@@ -106,7 +106,7 @@ def test_all_passes_in_any_order(case: Case, names: list[str]):
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
-@settings(max_examples=15, phases=UNSHRUNK)
+@settings(max_examples=10, phases=UNSHRUNK)
 @given(cases())
 def test_the_engine(case: Case):
     check_engine(case)
