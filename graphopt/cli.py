@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(given: argparse.Namespace, console: Console) -> int:
     from graphopt import demo
 
-    result = demo.run(given.onnx)
+    with console.status("optimizing EfficientNet-Lite0 and exporting it"):
+        result = demo.run(given.onnx)
     result.show(console)
     return 0 if result.all_right else 1
 

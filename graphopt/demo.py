@@ -137,7 +137,7 @@ def run(onnx_path: Path | None = None, *, repeats: int = 20) -> Demonstration:
     with tempfile.TemporaryDirectory() as folder:
         path = onnx_path or Path(folder) / "efficientnet-lite0.onnx"
         optimized.export_onnx(path)
-        functions: tuple[Way, ...] = (model, optimized, _onnx_runner(path))
+        functions: tuple[Way, ...] = (model, optimized, _onnx_runner(path, optimized.threads))
         calls = dict(zip(WAYS, functions, strict=True))
         with torch.no_grad():
             logits = {name: call(batch) for name, call in calls.items()}
@@ -183,10 +183,14 @@ def _check_packages() -> None:
         raise Error(f"the demo needs {', '.join(missing)}; pip install 'graphopt[demo]'")
 
 
-def _onnx_runner(path: Path) -> Way:
+def _onnx_runner(path: Path, threads: int) -> Way:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        os.fspath(path), options, providers=["CPUExecutionProvider"]
+    )
     (given,) = session.get_inputs()
 
     def call(batch: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -344,6 +345,15 @@ def test_blocks_need_opset_21(tmp_path: Path) -> None:
     assert_runs_like_the_graph(graph, tmp_path / "model.onnx")
 
 
+def test_the_highest_opset_is_offered_and_works(tmp_path: Path) -> None:
+    graph = quantized_layer()
+    with pytest.raises(graphopt.ExportError, match="choose one of 18 to") as caught:
+        export_onnx(graph, tmp_path / "model.onnx", opset=1000)
+    highest = int(re.findall(r"18 to (\d+)", str(caught.value))[0])
+    assert export_onnx(graph, tmp_path / "model.onnx", opset=highest).opset == highest
+    assert_runs_like_the_graph(graph, tmp_path / "model.onnx")
+
+
 def test_int32_with_a_zero_point_is_refused(tmp_path: Path) -> None:
     graph = quantized_layer()
     graph.set_constant(graph.value("bias_zero_point"), torch.ones(4, dtype=torch.int32))
@@ -391,6 +401,9 @@ def test_lowering(op: str, operands: Sequence[Any], expected: list[str]) -> None
 def test_transposes_of_single_sizes_become_views_unless_the_size_is_free() -> None:
     graph, (x,) = build((BATCH, 1, 4, 1))
     graph.set_outputs([graph.add("aten.permute", x, [0, 2, 3, 1])])
+    assert lowered(graph) == ["reshape"]
+    graph, (x,) = build((BATCH, 1, 4, 1))
+    graph.set_outputs([graph.add("aten.swapaxes", x, 1, 2)])
     assert lowered(graph) == ["reshape"]
     graph, (x,) = build((BATCH, 4))
     graph.set_outputs([graph.add("aten.transpose.int", x, 0, 1)])

@@ -26,7 +26,7 @@ from graphopt.errors import ExportError
 from graphopt.ir import Graph, Node, TensorType, Value
 from graphopt.onnx import cleanup, naming
 from graphopt.onnx.lowering import lower
-from graphopt.onnx.translation import translations
+from graphopt.onnx.translation import HIGHEST_OPSET, translations
 from graphopt.onnx.verification import Verdict, compare_with_onnxruntime
 
 LOWEST_OPSET = 18
@@ -78,7 +78,7 @@ def export_onnx(
     Args:
         graph: what to export; it is not changed.
         path: where to write; an existing file is replaced.
-        opset: version of ONNX's operator set, at least 18.
+        opset: version of ONNX's operator set, from 18 on.
         verify: run the file in onnxruntime, at the example's sizes and at a second assignment of
             the free sizes, and compare with torch in float64.
         example_inputs: tensors to compare with at the example's sizes; by default random ones.
@@ -115,10 +115,9 @@ def export_onnx(
 
 
 def _check_arguments(graph: Graph, path: Path, opset: int) -> None:
-    highest = onnx.defs.onnx_opset_version()
-    if not LOWEST_OPSET <= opset <= highest:
+    if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
         raise ExportError(
-            f"opset {opset} cannot be written; choose one of {LOWEST_OPSET} to {highest}"
+            f"opset {opset} cannot be written; choose one of {LOWEST_OPSET} to {HIGHEST_OPSET}"
         )
     if not path.parent.is_dir():
         raise ExportError(f"{path} cannot be written: there is no directory {path.parent}")
@@ -154,6 +153,7 @@ def _translate(graph: Graph, opset: int, verbose: bool) -> tuple[onnx_ir.Model, 
             dynamo=True,
             custom_translation_table=translations(opset),
             verbose=verbose,
+            optimize=False,
         )
     except Exception as error:
         raise _explain(error, sources) from error

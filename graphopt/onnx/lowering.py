@@ -144,7 +144,7 @@ def _group_norm(builder: Builder, node: Node) -> list[Value] | None:
     return [builder.add("aten.instance_norm", x, node["weight"], node["bias"], *statistics)]
 
 
-@rule("aten.permute", "aten.transpose.int")
+@rule("aten.permute", "aten.transpose.int", "aten.swapaxes")
 def _permute(builder: Builder, node: Node) -> list[Value] | None:
     """A permutation that moves only dimensions of size 1 is a view."""
     x = node["self"]
@@ -152,7 +152,7 @@ def _permute(builder: Builder, node: Node) -> list[Value] | None:
         order = [d % x.rank for d in node["dims"]]
     else:
         order = list(range(x.rank))
-        first, second = node["dim0"], node["dim1"]
+        first, second = (node[p.name] for p in node.operator.parameters[1:])
         order[first], order[second] = order[second], order[first]
     sizes = [x.fixed_size(d) for d in order]
     moved = [d for d, size in zip(order, sizes, strict=True) if size != 1]

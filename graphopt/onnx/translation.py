@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import onnxscript
 import torch
 from onnx_ir import DataType
+from onnxscript.onnx_opset import all_opsets
 
 from graphopt.errors import ExportError
+
+HIGHEST_OPSET = max(version for domain, version in all_opsets if domain == "")
+"""The newest that onnxscript, in which translations are written, knows."""
 
 _BITS = {
     DataType.INT8: 8,
@@ -23,7 +26,7 @@ _BITS = {
 def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """The exporter's ``custom_translation_table`` for an opset: QuantizeLinear and
     DequantizeLinear in the form that it has."""
-    op: Any = getattr(onnxscript, f"opset{opset}")
+    op: Any = all_opsets["", opset]
 
     # The range of steps is that of the type here: `graphopt.onnx.lowering` has clipped to others.
     def quantize(x, scale, zero_point, axis, quant_min, quant_max, dtype, block_size=None):
