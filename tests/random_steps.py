@@ -570,6 +570,8 @@ def reduction(b: Builder) -> Value:
     if op in ("max.dim", "argmax"):
         return b.apply_all(f"aten.{op}", x, d, keep)[-1]
     if op == "var":
+        if any(kind.shape[d] == 0 for kind in tensor_types(x)):
+            raise Unsuitable
         return b.apply("aten.var.correction", x, [d], correction=0, keepdim=keep)
     return b.apply(f"aten.{op}", x, [d], keep)
 

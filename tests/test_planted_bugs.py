@@ -26,6 +26,7 @@ def failure_of(fault: Fault) -> BaseException | None:
     return None
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_the_fault_is_noticed(fault: Fault, monkeypatch: pytest.MonkeyPatch):
     fault.check()
