@@ -86,6 +86,6 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.resolve_conj().resolve_neg().reshape(-1).contiguous()
-    if plain.numel() == 1:  # contiguous to torch whatever its stride, but not to be seen as bytes
+    if plain.numel() <= 1:  # contiguous to torch whatever its stride, but not to be seen as bytes
         plain = plain.clone(memory_format=torch.contiguous_format)
     return plain.view(torch.uint8)

@@ -106,6 +106,7 @@ def test_constants_that_differ(first: torch.Tensor, second: torch.Tensor) -> Non
         torch.randn(5, 4).t(),
         torch.arange(10.0)[::10],  # one element, with a stride
         torch.empty(0, 3),
+        torch.arange(10.0)[:0:2],
         torch.randn(3, dtype=torch.complex64),
         torch.randn(3, dtype=torch.complex64).conj(),
         torch.ones(3, dtype=torch.bfloat16),
