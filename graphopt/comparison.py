@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt import reference
-from graphopt.ir import Graph, Node
+from graphopt.ir import Graph, Node, Value
 
 RELATIVE_BOUND = 1e-3
 
@@ -99,7 +99,7 @@ def compare(
     expected: Sequence[Any],
     actual: Sequence[Any],
 ) -> Comparison:
-    """Compare results, and the graphs' values of equal name, shape and dtype.
+    """Compare results, and the values that both graphs compute.
 
     Args:
         source: the graph before the passes.
@@ -121,10 +121,11 @@ def compare(
                 known[value.name] = result
 
     layers: list[Difference] = []
+    originals = {node.name: node for node in source.nodes}
 
     def contrast(node: Node, results: list[Any]) -> None:
         for value, result in zip(node.outputs, results, strict=True):
-            other = known.pop(value.name, None)
+            other = known.get(_counterpart(value, originals))
             if other is None or not isinstance(result, torch.Tensor):
                 continue
             if other.shape == result.shape and other.dtype == result.dtype:
@@ -133,3 +134,31 @@ def compare(
     reference.run(source, inputs, observe=remember)
     reference.run(optimized, inputs, observe=contrast)
     return Comparison(tuple(outputs), tuple(layers))
+
+
+def _counterpart(value: Value, originals: Mapping[str, Node]) -> str:
+    """The name in the source of what a value of the optimized graph stands for.
+
+    That is its own name, unless its layer has other constants than in the source: then it has
+    taken over what followed it, and stands for what its users read in the source.
+    """
+    producer = value.producer
+    assert producer is not None
+    twin = originals.get(producer.name)
+    if twin is not None and _constants(producer) != _constants(twin):
+        for user in value.users:
+            original = originals.get(user.name)
+            if original is None or original.op != user.op:
+                continue
+            if _constants(original) == _constants(user):
+                for name, operand in user.operands.items():
+                    read = original.operands.get(name)
+                    if operand is value and isinstance(read, Value):
+                        return read.name
+    return value.name
+
+
+def _constants(node: Node) -> list[int]:
+    """Where a node's constants lie in memory."""
+    values = node.input_values()
+    return [value.constant.data_ptr() for value in values if value.constant is not None]
