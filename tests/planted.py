@@ -19,6 +19,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from random_graphs import Case, cases, check_engine, check_pass
 
@@ -154,6 +155,7 @@ def in_a_child(check: Check) -> Check:
         child = os.fork()
         if child == 0:
             faulthandler.disable()
+            torch.set_num_threads(1)  # OpenMP's threads stayed behind in the parent
             try:
                 check()
             except BaseException:
