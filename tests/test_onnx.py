@@ -514,6 +514,17 @@ def test_a_file_that_is_right_at_the_example_only_is_refused(
         export_onnx(graph, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_other_dtypes_are_compared(dtype: torch.dtype, tmp_path: Path) -> None:
+    graph = Graph({"batch": BATCH})
+    x = graph.add_input("x", TensorType(dtype, (BATCH, 3)), {0: "batch"})
+    single = graph.add("aten.to.dtype", x, torch.float32)
+    graph.set_outputs([graph.add("aten.to.dtype", graph.add("aten.mul.Scalar", single, 2), dtype)])
+    exported = export_onnx(graph, tmp_path / "model.onnx")
+    assert exported.verdict is not None
+    assert exported.verdict.error <= exported.verdict.allowed
+
+
 def test_given_inputs_are_compared(tmp_path: Path) -> None:
     graph = pooling_graph()
     given = [torch.full((BATCH, 2, 5, 5), torch.nan)]
@@ -536,6 +547,8 @@ def test_large_models_keep_their_weights_beside_them(
     given = torch.randn(3, 64)
     (result,) = run(tmp_path / "model.onnx", given)
     np.testing.assert_allclose(result, given @ weight.constant.T, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    with pytest.raises(graphopt.ExportError, match="do not fit into one file"):
+        export_onnx(graph, tmp_path / "single.onnx", external_data=False)
     monkeypatch.undo()
     export_onnx(graph, tmp_path / "single.onnx")
     assert not (tmp_path / "single.onnx.data").exists()

@@ -104,8 +104,7 @@ def export_onnx(
     model.ir_version = onnx.helper.find_min_ir_version_for(
         [onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items()]
     )
-    if external_data is None:
-        external_data = _weight_bytes(model) > EXTERNAL_BYTES
+    external_data = _needs_external_data(model, external_data)
     with _replacing(path) as draft:
         data = f"{path.name}.data" if external_data else None
         onnx_ir.save(model, draft, external_data=data)
@@ -220,9 +219,14 @@ def _step_name(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
-def _weight_bytes(model: onnx_ir.Model) -> int:
+def _needs_external_data(model: onnx_ir.Model, wanted: bool | None) -> bool:
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if wanted is False and size > EXTERNAL_BYTES:
+        raise ExportError(
+            f"{size / 1e9:.1f} GB of weights do not fit into one file; leave external_data out"
+        )
+    return size > EXTERNAL_BYTES if wanted is None else wanted
 
 
 @contextlib.contextmanager

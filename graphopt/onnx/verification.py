@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import onnxruntime
 import torch
 
@@ -142,16 +143,16 @@ def _errors(
 ) -> list[tuple[float, float]]:
     """Per output, the error and what is allowed."""
     names = [value.name for value in session.get_inputs()]
-    feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+    outputs = [value.name for value in session.get_outputs()]
+    feed = dict(zip(names, map(_to_onnxruntime, tensors), strict=True))
     try:
-        results = [torch.from_numpy(result) for result in session.run(None, feed)]
+        results = [_to_torch(result) for result in session.run_with_ort_values(outputs, feed)]
     except Exception as error:
         raise ExportError(f"onnxruntime fails {where}: {_short(error)}") from error
     exact = _tensors(graph, reference.run(graph, tensors, dtype=torch.float64))
     single = _tensors(graph, reference.run(graph, tensors))
     floor = QUANTIZED_FLOOR if any(map(_quantizes, graph.nodes)) else FLOOR
     errors = []
-    outputs = [value.name for value in session.get_outputs()]
     for name, result, true, ours in zip(outputs, results, exact, single, strict=True):
         if (result.shape, result.dtype) != (ours.shape, ours.dtype):
             raise ExportError(
@@ -165,6 +166,21 @@ def _errors(
             same = torch.equal(result, true) or torch.equal(result, ours)
             errors.append((0.0 if same else math.inf, floor))
     return errors
+
+
+def _to_onnxruntime(tensor: torch.Tensor) -> Any:
+    tensor = tensor.contiguous()
+    if tensor.dtype != torch.bfloat16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+    bits = tensor.view(torch.uint16).numpy()
+    kind = onnx.TensorProto.BFLOAT16
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
+
+
+def _to_torch(value: Any) -> torch.Tensor:
+    if value.element_type() == onnx.TensorProto.BFLOAT16:  # which numpy has not
+        return torch.from_dlpack(value)
+    return torch.from_numpy(value.numpy())
 
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
