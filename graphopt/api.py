@@ -59,7 +59,13 @@ def optimize(
         pipeline.run(graph, Context(target=target))
         return graph
 
-    optimized = OptimizedModel(cpu_source(model), prepare, dynamic=dynamic, threads=threads)
+    optimized = OptimizedModel(
+        cpu_source(model),
+        prepare,
+        dynamic=dynamic,
+        threads=threads,
+        pipeline=[one.name for one in pipeline.passes],
+    )
     if example_inputs is not None:
         optimized.trace(example_inputs)
     return optimized

@@ -134,10 +134,10 @@ def _optimize(given: argparse.Namespace, console: Console) -> int:
             "--shape 1,3,224,224"
         )
     optimized = graphopt.optimize(model, example_inputs, passes=given.passes)
-    optimized.export_onnx(given.out, opset=given.opset, verify=not given.no_verify)
+    exported = optimized.export_onnx(given.out, opset=given.opset, verify=not given.no_verify)
     if given.report:
         console.print(optimized.report())
-    console.print(f"written: {escape(os.fspath(given.out))}", highlight=False)
+    console.print(f"written: {escape(str(exported))}", highlight=False)
     return 0
 
 

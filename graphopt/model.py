@@ -21,6 +21,7 @@ from graphopt.ir.interface import same_leaves
 
 if TYPE_CHECKING:
     from graphopt.comparison import Comparison
+    from graphopt.onnx import Exported
     from graphopt.report import Benchmark, Report
 
 PLANS_PER_TRACE = 16
@@ -83,6 +84,7 @@ class OptimizedModel(nn.Module):
         *,
         dynamic: tracing.Dynamic | None,
         threads: int | None,
+        pipeline: Sequence[str] = (),
     ) -> None:
         super().__init__()
         super().train(False)
@@ -91,6 +93,7 @@ class OptimizedModel(nn.Module):
         self._prepare = prepare
         self._dynamic = dynamic
         self.threads = threads or default_threads()
+        self._pipeline = tuple(pipeline)
         self._traces: list[Traced] = []
         self._parameters_of_call = () if source is None else tracing.positional_parameters(source)
         self._lock = threading.RLock()
@@ -255,13 +258,13 @@ class OptimizedModel(nn.Module):
             pytree.tree_leaves(result),
         )
 
-    def export_onnx(self, path: Any, *, opset: int = 18, verify: bool = True) -> None:
+    def export_onnx(self, path: Any, *, opset: int = 18, verify: bool = True) -> Exported:
         """Write the optimized graph as ONNX; see `graphopt.onnx.export_onnx`."""
         from graphopt.onnx import export_onnx
 
         traced = self._latest()
         traced.check_unchanged()
-        export_onnx(traced.graph, path, opset=opset, verify=verify)
+        return export_onnx(traced.graph, path, opset=opset, verify=verify, pipeline=self._pipeline)
 
     def _need_source(self, what: str) -> nn.Module:
         if not self._source:
@@ -299,12 +302,17 @@ class OptimizedModel(nn.Module):
             "traces": traces,
             "dynamic": self._dynamic,
             "threads": self.threads,
+            "pipeline": self._pipeline,
             "parameters": self._parameters_of_call,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(  # type: ignore[misc]
-            None, _no_source, dynamic=state["dynamic"], threads=state["threads"]
+            None,
+            _no_source,
+            dynamic=state["dynamic"],
+            threads=state["threads"],
+            pipeline=state["pipeline"],
         )
         self._parameters_of_call = state["parameters"]
         self._traces = [Traced(source, graph, []) for source, graph in state["traces"]]

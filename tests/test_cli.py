@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -50,6 +51,8 @@ def test_optimize_writes_an_onnx_file(folder: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "written: model.onnx" in out
     assert "linear" in out  # of the report
+    metadata = {e.key: e.value for e in onnx.load(folder / "model.onnx").metadata_props}
+    assert "dead-code" in metadata["graphopt.pipeline"].split(", ")
 
 
 @pytest.mark.parametrize("name", ["with_inputs", "ready"])
