@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Traced:
     def check_unchanged(self) -> None:
         """Raise TraceError if a tensor of the source was written to since it was traced."""
         for name, tensor, version in self.versions:
-            if tensor._version != version:
+            if _content_version(tensor) != version:
                 raise TraceError(
                     f"'{name}' of the source model was changed after the model was traced; call "
                     "graphopt.optimize again"
@@ -160,7 +161,7 @@ class OptimizedModel(nn.Module):
             precision.observe(self._source[0], *tracing.split_arguments(example_inputs))
             source = tracing.trace(self._source[0], example_inputs, self._dynamic)
             versions = [
-                (value.name, value.constant, value.constant._version)
+                (value.name, value.constant, _content_version(value.constant))
                 for value in source.constants
                 if value.constant is not None
             ]
@@ -358,6 +359,14 @@ class _Call:
 
             return single
         return self
+
+
+def _content_version(tensor: torch.Tensor) -> int:
+    """A number that changes when the tensor is written to."""
+    if not tensor.is_inference():
+        return tensor._version
+    # Tensors made in inference mode count no versions.
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _no_source(graph: Graph) -> NoReturn:

@@ -212,6 +212,22 @@ def test_a_changed_source_is_noticed(net: ConvNet) -> None:
         optimized(torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_inference_mode(inside: bool) -> None:
+    with torch.inference_mode(inside):
+        net = ConvNet().eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        expected = net(x)
+        optimized = graphopt.optimize(net, x)
+        torch.testing.assert_close(optimized(x), expected)
+    torch.testing.assert_close(optimized(x), expected)
+    with torch.inference_mode(inside), torch.no_grad():
+        net.conv.weight[0, 0, 0, 0] += 1
+    with pytest.raises(TraceError, match=r"'conv\.weight' of the source model was changed"):
+        optimized(x[:1])
+
+
 def test_is_for_inference_on_the_cpu(net: ConvNet) -> None:
     optimized = graphopt.optimize(net, torch.randn(2, 3, 8, 8))
     assert optimized.eval() is optimized
