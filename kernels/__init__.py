@@ -14,6 +14,7 @@ from graphopt.kernels import (
     pooling,
     reduction,
     softmax,
+    sparse_convolution,
 )
 from graphopt.kernels.registry import candidates
 
@@ -29,4 +30,5 @@ __all__ = [
     "pooling",
     "reduction",
     "softmax",
+    "sparse_convolution",
 ]

@@ -58,7 +58,7 @@ from graphopt.kernels.tile import (
 _PANEL_BYTES = 2**18
 """Bytes of panels that are kept while the output channels pass by."""
 _PACK_CYCLES = 1.5
-"""Cycles to copy one vector of a panel."""
+"""Cycles to copy one piece of a vector of a panel."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,12 @@ class Image:
 class _Blocking:
     """How the loops are cut: panels of pixels, tiles of channels, blocks of depth, and tasks.
 
-    A task is one block of pixels by one block of output channels of one group of one image.
+    A task is one block of pixels by one block of output channels of one group of one image. The
+    first ``columns`` panels have one pixel more than their vectors hold.
     """
 
     vectors: int
+    columns: int
     panels: int
     tiles: int
     depth_channels: int
@@ -140,8 +142,7 @@ class ConvolutionCandidate(Candidate):
         return team * self._thread_scratch(_blocking(self.image, self.tile, team))
 
     def _thread_scratch(self, blocking: _Blocking) -> int:
-        depth = blocking.depth_channels * self.image.taps
-        return blocking.panels_per_block * depth * self.tile.width * LANES * 4
+        return blocking.panels_per_block * _panel_bytes(self.image, self.tile)
 
     def _team(self, threads: int) -> int:
         """How many of the threads are worth calling."""
@@ -171,8 +172,9 @@ class ConvolutionCandidate(Candidate):
             "stride_height": image.stride[0], "stride_width": image.stride[1],
             "dilation_height": image.dilation[0], "dilation_width": image.dilation[1],
             "top": image.start[0], "left": image.start[1],
-            "vectors": blocking.vectors, "panels": blocking.panels, "tiles": blocking.tiles,
-            "depth_channels": blocking.depth_channels,
+            "vectors": blocking.vectors, "panels": blocking.panels,
+            "extra_columns": blocking.columns,
+            "tiles": blocking.tiles, "depth_channels": blocking.depth_channels,
             "pixel_blocks": blocking.pixel_blocks, "channel_blocks": blocking.channel_blocks,
             "tasks": image.batch * image.groups * blocking.pixel_blocks * blocking.channel_blocks,
         }  # fmt: skip
@@ -248,7 +250,9 @@ def image_of(problem: ConvolutionProblem) -> Image | None:
     x, weight, *extras = problem.inputs
     (y,) = problem.outputs
     rank = len(x.shape) - 2
-    if rank not in (1, 2) or not isinstance(weight, ConstantOperand) or weight.size == 0:
+    if rank not in (1, 2) or not isinstance(weight, ConstantOperand):
+        return None
+    if weight.size == 0 or 0 in y.shape[1:]:
         return None
     if any(operand.layout != Layout.plain("float32", rank + 2) for operand in (x, weight, y)):
         return None
@@ -295,30 +299,51 @@ def _blocking(image: Image, tile: TileShape, threads: int) -> _Blocking:
     return min(_cuts(image, tile, threads), key=lambda cut: _cycles(image, tile, cut, threads))
 
 
+def _panel_bytes(image: Image, tile: TileShape) -> int:
+    """Scratch memory of one panel: its vectors, and one column more, stored in whole vectors."""
+    depth = _depth_channels(image) * image.taps
+    column = math.ceil((depth + LANES) / LANES) if tile.takes_column else 0
+    return 4 * LANES * (depth * tile.width + column)
+
+
 def _cuts(image: Image, tile: TileShape, threads: int) -> Iterator[_Blocking]:
-    vectors = math.ceil(image.pixels / LANES)
-    panels = math.ceil(vectors / tile.width)
+    panel_pixels = tile.width * LANES
+    panels, columns = divmod(image.pixels, panel_pixels)
+    # A few pixels beyond whole panels are cheaper as columns of their own than as vectors.
+    if not tile.takes_column or columns > min(panels, tile.height - 1):
+        panels, columns = math.ceil(image.pixels / panel_pixels), 0
+    vectors = math.ceil((image.pixels - columns) / LANES)
     tiles = math.ceil(image.outputs / tile.height)
-    depth = _depth_channels(image)
-    panel_bytes = depth * image.taps * tile.width * LANES * 4
-    least = math.ceil(panels / max(_PANEL_BYTES // panel_bytes, 1))
+    least = math.ceil(panels / max(_PANEL_BYTES // _panel_bytes(image, tile), 1))
     for pixel_blocks in {least, math.ceil(least / threads) * threads, 2 * least}:
         for channel_blocks in range(1, min(threads, tiles) + 1):
             yield _Blocking(
-                vectors, panels, tiles, depth, min(pixel_blocks, panels), channel_blocks
+                vectors,
+                columns,
+                panels,
+                tiles,
+                _depth_channels(image),
+                min(pixel_blocks, panels),
+                channel_blocks,
             )
 
 
 def _cycles(image: Image, tile: TileShape, cut: _Blocking, threads: int) -> float:
     """Cycles of the thread that has most to do, roughly."""
     tasks = image.batch * image.groups * cut.pixel_blocks * cut.channel_blocks
-    vectors = math.ceil(cut.vectors * cut.panels_per_block / cut.panels)
+    share = cut.panels_per_block / cut.panels
+    vectors = math.ceil(cut.vectors * share)
     tiles = math.ceil(cut.tiles / cut.channel_blocks)
     depth = image.channels * image.taps
-    pieces = 1 + min(LANES, image.pixels) / image.out_size[1]
-    copy = vectors * depth * _PACK_CYCLES * pieces
-    product = tiles * vectors * (depth * tile.cycles / tile.width + 3 * tile.height)
+    copy = vectors * depth * pack_cycles(image)
+    steps = vectors * tile.cycles / tile.width + cut.columns * share / 2
+    product = tiles * (steps * depth + 3 * tile.height * vectors)
     return math.ceil(tasks / threads) * (copy + product + 200)
+
+
+def pack_cycles(image: Image) -> float:
+    """Cycles to copy one vector of a panel: rows of the image that end in it are pieces."""
+    return _PACK_CYCLES * (1 + min(LANES, image.pixels) / image.out_size[1])
 
 
 def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
@@ -328,10 +353,12 @@ def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
         + (f" + {extra.width} * start" if extra.along else "")
         for index, extra in enumerate(epilogue.extras)
     ]
+    column = "column" if tile.takes_column else ""
+    multiply = multiply_lines(tile, "4", f"{4 * tile.height}", padded=True, column=column)
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
-        "multiply": multiply_lines(tile, a_row="4", a_step=f"{4 * tile.height}", padded=True),
+        "multiply": multiply,
         "epilogue": [*starts, *epilogue.lines()],
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
@@ -365,12 +392,20 @@ while task < stop:
         panel = first_panel
         while panel < last_panel:
             start = panel * vectors // panels
+            filled = (panel + 1) * vectors // panels - start
+            start = start * LANES + min(panel, extra_columns)
             pack_taps(
                 b, b_step, source, plane, block_channels, height, width, out_width, pixels,
-                start * LANES, (panel + 1) * vectors // panels - start,
-                kernel_height, kernel_width, stride_height, stride_width,
+                start, filled, kernel_height, kernel_width, stride_height, stride_width,
                 dilation_height, dilation_width, top, left,
             )
+            if panel < extra_columns:
+                start += filled * LANES
+                pack_taps(
+                    b + depth * b_step, 4, source, plane, block_channels, height, width, out_width,
+                    start + 1, start, 1, kernel_height, kernel_width, stride_height, stride_width,
+                    dilation_height, dilation_width, top, left,
+                )
             b += panel_bytes
             panel += 1
         tile = first_tile
@@ -383,8 +418,9 @@ while task < stop:
             while panel < last_panel:
                 start = panel * vectors // panels
                 filled = (panel + 1) * vectors // panels - start
-                start *= LANES
-                columns = min(pixels - start, filled * LANES)
+                start = start * LANES + min(panel, extra_columns)
+                column = b + depth * b_step if panel < extra_columns else 0
+                columns = min(pixels - start, filled * LANES + (1 if column != 0 else 0))
                 c = y + (image * groups * outputs + channel) * out_plane + 4 * start
                 accumulate = first_channel > 0
                 <multiply>

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from graphopt.kernels.expression import Expression
+from graphopt.kernels.zeros import ZeroPattern
 
 ITEM_BYTES = {
     "float32": 4,
@@ -99,10 +100,10 @@ class Operand:
 class ConstantOperand(Operand):
     """A tensor whose values never change, so that a kernel may rearrange it beforehand.
 
-    ``digest`` identifies the pattern of its zeros where that matters to the choice of a kernel.
+    ``zeros`` is the pattern of its zeros, where they are enough to matter to a kernel's choice.
     """
 
-    digest: str = ""
+    zeros: ZeroPattern | None = None
 
 
 class Problem:

@@ -25,6 +25,8 @@ from graphopt.kernels.problem import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector, call, splat
 
 CYCLES_PER_SECOND = 3.5e9
+VECTORS_PER_CYCLE = 1 if LANES == 16 else 2
+"""Vectors that are multiplied, or loaded, per cycle: the widest often take two units at once."""
 WORTH_SHARING = 4e-6
 """Seconds of work from which a team of threads is used."""
 DEPTH = 384
@@ -50,8 +52,14 @@ class TileShape:
 
     @property
     def cycles(self) -> float:
-        """Cycles per step of the depth: two multiplications or loads each."""
-        return max(self.height * self.width, self.height + self.width) / 2
+        """Cycles per step of the depth."""
+        loads = self.height / 2 + self.width / VECTORS_PER_CYCLE
+        return max(self.height * self.width / VECTORS_PER_CYCLE, loads)
+
+    @property
+    def takes_column(self) -> bool:
+        """Whether the registers have room for one more column, whose rows fill a vector."""
+        return LANES == 16 and self.height in (4, 8) and self.height * self.width <= 24
 
 
 VOCABULARY = ("elementary", "panel", "simd", "tile")
@@ -127,6 +135,7 @@ def multiply_tile(
     accumulate: Any,
     rows: Any,
     columns: Any,
+    column: Any,
     height: Any,
     width: Any,
     vector: Any,
@@ -138,29 +147,33 @@ def multiply_tile(
     ``a + row * a_row + step * a_step``; the vectors of step ``step`` of ``b`` start at
     ``b + step * b_step`` and are read whole. If ``padded`` (literal), ``a`` has ``height`` rows in
     memory, else ``rows`` of them. Rows of ``c`` are ``c_row`` apart; everything in bytes.
+    ``column`` is 0 (literal), or where one more column of ``b`` is, a number per step; then the
+    rows of ``a`` must be neighbours, and all vectors of ``c`` whole.
     """
     kind = vector.instance_type
     shape = height.literal_value, width.literal_value
     whole = bool(padded.literal_value)
+    extended = getattr(column, "literal_value", None) != 0
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
         named = dict(zip(_MULTIPLY_OPERANDS, values, strict=False))
         for name, numba in zip(_MULTIPLY_OPERANDS, sig.args, strict=False):
             wanted = types.boolean if name == "accumulate" else types.int64
             named[name] = context.cast(builder, named[name], numba, wanted)
-        tile = _Tile(_Memory(builder, kind), *shape, named)
-        tile.store(tile.product(whole))
+        tile = _Tile(_Memory(builder, kind), *shape, named, extended)
+        tile.multiply(whole)
+        tile.store()
         return context.get_dummy_value()
 
     return types.void(
         a, a_row, a_step, padded, b, b_step, depth, c, c_row, accumulate, rows, columns,
-        height, width, vector,
+        column, height, width, vector,
     ), generate  # fmt: skip
 
 
 _MULTIPLY_OPERANDS = (
     "a", "a_row", "a_step", "padded", "b", "b_step", "depth", "c", "c_row", "accumulate", "rows",
-    "columns",
+    "columns", "column",
 )  # fmt: skip
 
 
@@ -168,23 +181,29 @@ class _Tile:
     """The body of `multiply_tile`."""
 
     def __init__(
-        self, memory: _Memory, height: int, width: int, operands: dict[str, ir.Value]
+        self,
+        memory: _Memory,
+        height: int,
+        width: int,
+        operands: dict[str, ir.Value],
+        extended: bool,
     ) -> None:
         self.memory = memory
         self.builder = memory.builder
         self.height = height
         self.width = width
         self.operands = operands
+        zero = ir.Constant(memory.vector.llvm, None)
+        self.sums = [
+            [cgutils.alloca_once_value(self.builder, zero) for _ in range(width)]
+            for _ in range(height)
+        ]
+        self.column = _Column(self.builder, height, operands) if extended else None
 
-    def product(self, padded: bool) -> list[list[ir.Value]]:
-        """Where the sums of products of each row and vector are."""
+    def multiply(self, padded: bool) -> None:
+        """Make the sums of products."""
         builder, memory, given = self.builder, self.memory, self.operands
         starts = [self._row_start(row, padded) for row in range(self.height)]
-        zero = ir.Constant(memory.vector.llvm, None)
-        sums = [
-            [cgutils.alloca_once_value(builder, zero) for _ in range(self.width)]
-            for _ in range(self.height)
-        ]
         with cgutils.for_range(builder, given["depth"]) as loop:
             step = builder.add(given["b"], builder.mul(loop.index, given["b_step"]))
             b = [
@@ -197,10 +216,11 @@ class _Tile:
             for row in range(self.height):
                 factor = memory.broadcast(builder.add(starts[row], offset))
                 for column in range(self.width):
-                    sum = sums[row][column]
+                    sum = self.sums[row][column]
                     known = Register(builder, memory.vector, builder.load(sum))
                     builder.store(b[column].fma(factor, known).value, sum)
-        return sums
+            if self.column is not None:
+                self.column.add(builder.add(given["a"], offset), loop.index)
 
     def _row_start(self, row: int, padded: bool) -> ir.Value:
         builder, given = self.builder, self.operands
@@ -210,7 +230,7 @@ class _Tile:
             number = builder.select(builder.icmp_signed("<", number, last), number, last)
         return builder.add(given["a"], builder.mul(number, given["a_row"]))
 
-    def store(self, sums: list[list[ir.Value]]) -> None:
+    def store(self) -> None:
         """Store the part of the tile that exists, or add it to what is there."""
         builder, memory, given = self.builder, self.memory, self.operands
         masks = [self._columns(column) for column in range(self.width)]
@@ -221,8 +241,11 @@ class _Tile:
                 address = memory.at(given["c"], row, given["c_row"], column * memory.bytes)
                 mask = builder.select(exists, masks[column], none)
                 known = memory.load_masked(address, builder.select(given["accumulate"], mask, none))
-                sum = Register(builder, memory.vector, builder.load(sums[row][column]))
+                sum = Register(builder, memory.vector, builder.load(self.sums[row][column]))
                 memory.store_masked(address, sum + known, mask)
+        if self.column is not None:
+            offset = _number(self.width * memory.bytes)
+            self.column.store(builder.add(given["c"], offset))
 
     def _columns(self, column: int) -> ir.Value:
         """The mask of a vector's columns that exist."""
@@ -235,6 +258,40 @@ class _Tile:
             ir.Constant(numbers.llvm, list(range(first, first + lanes))),
         )
         return (own < splat(self.builder, numbers, self.operands["columns"])).value
+
+
+class _Column:
+    """One more column of a tile, whose rows are in the lanes of a vector of their own."""
+
+    def __init__(self, builder: ir.IRBuilder, height: int, operands: dict[str, ir.Value]) -> None:
+        self.memory = _Memory(builder, Vector(types.float32, height))
+        self.builder = builder
+        self.operands = operands
+        self.sum = cgutils.alloca_once_value(builder, ir.Constant(self.memory.vector.llvm, None))
+
+    def add(self, a: ir.Value, step: ir.Value) -> None:
+        """Add the product of the rows at ``a`` with the column's number of that step."""
+        builder, memory = self.builder, self.memory
+        place = builder.add(self.operands["column"], builder.mul(step, _number(4)))
+        known = Register(builder, memory.vector, builder.load(self.sum))
+        builder.store(memory.load(a).fma(memory.broadcast(place), known).value, self.sum)
+
+    def store(self, c: ir.Value) -> None:
+        """Store the rows that exist, or add them to what is at ``c`` and below."""
+        builder, given = self.builder, self.operands
+        for row in range(self.memory.vector.lanes):
+            with builder.if_then(builder.icmp_signed("<", _number(row), given["rows"])):
+                address = self.memory.at(c, row, given["c_row"])
+                pointer = builder.inttoptr(address, ir.FloatType().as_pointer())
+                own = builder.extract_element(
+                    builder.load(self.sum), ir.Constant(ir.IntType(32), row)
+                )
+                with builder.if_else(given["accumulate"]) as (more, first):
+                    with more:
+                        total = builder.fadd(own, builder.load(pointer))
+                        builder.store(total, pointer)
+                    with first:
+                        builder.store(own, pointer)
 
 
 @dataclass(frozen=True)
@@ -308,17 +365,12 @@ class Epilogue:
         """Lines that finish one tile."""
         if self.emission is None:
             return ["pass"]
-        constant = [
-            f"v{index} = broadcast(read(f{index}, {extra.dtype.upper()}), {extra.dtype.upper()})"
-            for index, extra in enumerate(self.extras)
-            if not extra.along
-        ]
         return [
             "q = c",
             *(f"f{index} = e{index}" for index in range(len(self.extras))),
             "line = 0",
             "while line < rows:",
-            *indent(1, constant),
+            *indent(1, self._constants("f")),
             "    i = 0",
             "    while i + LANES <= columns:",
             *indent(2, self._vector(masked=False)),
@@ -329,6 +381,38 @@ class Epilogue:
             "    line += 1",
             "    q += c_row",
             *(f"    f{index} += e{index}_row" for index in range(len(self.extras))),
+        ]
+
+    def row_lines(self) -> list[str]:
+        """Lines that read what is the same for a row of the tile, from the addresses ``e{i}``."""
+        return self._constants("e")
+
+    def register_lines(self, product: str, vector: int, mask: str = "") -> list[str]:
+        """Lines that finish a vector of a row, which ``product`` holds, and store it.
+
+        They follow `row_lines`; ``c`` is the row's address. ``mask`` is that of the columns that
+        exist, or nothing where all do.
+        """
+        lines, more = [], ""
+        if mask:
+            lines, more = [f"mask = {mask}"], ", mask"
+        kind = "_masked" if mask else ""
+        for index, extra in enumerate(self.extras):
+            if extra.along:
+                address = f"e{index} + {vector * LANES * extra.width}"
+                lines.append(f"v{index} = load{kind}({address}, {extra.dtype.upper()}{more})")
+        result = product
+        if self.emission is not None:
+            lines += [f"product = {product}", *self.emission.body]
+            result = self.emission.results[0]
+        return [*lines, f"store{kind}(c + {4 * vector * LANES}, {result}{more})"]
+
+    def _constants(self, pointer: str) -> list[str]:
+        return [
+            f"v{index} = broadcast(read({pointer}{index}, {extra.dtype.upper()}),"
+            f" {extra.dtype.upper()})"
+            for index, extra in enumerate(self.extras)
+            if not extra.along
         ]
 
     def _vector(self, masked: bool) -> list[str]:
@@ -349,17 +433,27 @@ class Epilogue:
         return [*lines, *self.emission.body, store]
 
 
-def multiply_lines(tile: TileShape, a_row: str, a_step: str, padded: bool) -> list[str]:
-    """Lines that call `multiply_tile` with as many vectors as ``filled`` says, at most all."""
-    lines = []
-    for width in range(tile.width, 0, -1):
-        lines += [
-            f"{'if' if width == tile.width else 'elif'} filled == {width}:",
-            "    multiply_tile(",
-            f"        a, {a_row}, {a_step}, {padded}, b, b_step, depth, c, c_row, accumulate,",
-            f"        rows, columns, {tile.height}, {width}, FLOAT32,",
-            "    )",
+def multiply_lines(
+    tile: TileShape, a_row: str, a_step: str, padded: bool, column: str = ""
+) -> list[str]:
+    """Lines that call `multiply_tile` with as many vectors as ``filled`` says, at most all.
+
+    ``column`` is an address, not 0 where there is one column more; only a tile that
+    `takes_column` has it.
+    """
+
+    def call(width: int, column: str) -> list[str]:
+        return [
+            "multiply_tile(",
+            f"    a, {a_row}, {a_step}, {padded}, b, b_step, depth, c, c_row, accumulate,",
+            f"    rows, columns, {column}, {tile.height}, {width}, FLOAT32,",
+            ")",
         ]
+
+    lines = [f"if {column} != 0:", *indent(1, call(tile.width, column))] if column else []
+    for width in range(tile.width, 0, -1):
+        lines.append(f"{'elif' if lines else 'if'} filled == {width}:")
+        lines += indent(1, call(width, "0"))
     return lines
 
 

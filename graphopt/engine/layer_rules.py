@@ -60,7 +60,7 @@ def _with_rank(operand: Operand, rank: int) -> Operand:
     missing = rank - len(operand.shape)
     plain = Operand.plain(operand.dtype, (1,) * missing + operand.shape)
     if isinstance(operand, ConstantOperand):
-        return ConstantOperand(plain.shape, plain.layout, operand.digest)
+        return ConstantOperand(plain.shape, plain.layout, operand.zeros)
     return plain
 
 

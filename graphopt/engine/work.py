@@ -12,6 +12,7 @@ from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, ScalarType, TensorType, Type, Value
 from graphopt.ir.inference import flatten_results, map_operand, may_alias
 from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, Operand, Problem
+from graphopt.kernels.zeros import ZeroPattern, zero_pattern
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Scope:
     def __init__(self, graph: Graph, types: dict[Value, Type]) -> None:
         self.graph = graph
         self.types = types
+        self._patterns: dict[Value, ZeroPattern | None] = {}
 
     def literal(self, operand: Any) -> Any:
         """An operand with the sizes in it as numbers.
@@ -119,8 +121,16 @@ class Scope:
         kind = self.tensor_type(value)
         plain = Operand.plain(dtype_name(kind.dtype), kind.shape)
         if value.is_constant:
-            return ConstantOperand(plain.shape, plain.layout)
+            return ConstantOperand(plain.shape, plain.layout, self._zeros(value))
         return plain
+
+    def _zeros(self, value: Value) -> ZeroPattern | None:
+        if value not in self._patterns:
+            tensor = value.constant
+            assert tensor is not None
+            skippable = tensor.dtype == torch.float32 and tensor.dim() > 1
+            self._patterns[value] = zero_pattern(tensor.detach().numpy()) if skippable else None
+        return self._patterns[value]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -11,7 +11,8 @@ from support import execute
 
 from graphopt.kernels.expression import Builder, Expression
 from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem, Layout, Operand, Problem
-from graphopt.kernels.registry import candidates
+from graphopt.kernels.registry import Candidate, candidates
+from graphopt.kernels.zeros import ZeroPattern, zero_pattern
 
 SETTINGS = [(1, True, 0), (2, False, 4), (3, True, 8)]
 """Threads, and where the operands lie between the guard pages."""
@@ -19,8 +20,8 @@ SETTINGS = [(1, True, 0), (2, False, 4), (3, True, 8)]
 EPSILON = float(np.finfo(np.float32).eps)
 
 
-def constant(shape: tuple[int, ...]) -> ConstantOperand:
-    return ConstantOperand(shape, Layout.plain("float32", len(shape)))
+def constant(shape: tuple[int, ...], zeros: ZeroPattern | None = None) -> ConstantOperand:
+    return ConstantOperand(shape, Layout.plain("float32", len(shape)), zeros)
 
 
 def numbers(shape: Sequence[int], seed: int = 0) -> np.ndarray:
@@ -43,12 +44,13 @@ def check(
     expected: np.ndarray,
     magnitude: np.ndarray | float,
     settings: Sequence[tuple[int, bool, int]] = SETTINGS,
+    found: Sequence[Candidate] | None = None,
 ) -> None:
-    """Every candidate, in every setting, is within a few roundings of ``expected``.
+    """Every candidate, or those given, is within a few roundings of ``expected`` in every setting.
 
     ``magnitude`` is the same result of all absolute values, to which errors are proportional.
     """
-    found = candidates(problem)
+    found = candidates(problem) if found is None else found
     assert found, f"no candidate for {problem.key()}"
     for candidate in found:
         for threads, at_end, offset in settings:
@@ -102,9 +104,10 @@ class Convolution:
         shape: tuple[int, ...],
         epilogue: Expression | None = None,
         extras: Sequence[Operand] = (),
+        zeros: ZeroPattern | None = None,
     ) -> ConvolutionProblem:
         return ConvolutionProblem(
-            (Operand.plain("float32", self.x), constant(self.weight), *extras),
+            (Operand.plain("float32", self.x), constant(self.weight, zeros), *extras),
             (Operand.plain("float32", shape),),
             self.stride or (1,) * self.rank,
             self.padding or ((0, 0),) * self.rank,
@@ -113,8 +116,11 @@ class Convolution:
             epilogue,
         )
 
-    def check(self) -> None:
-        x, weight = numbers(self.x), numbers(self.weight, 1)
+    def check(self, weight: np.ndarray | None = None) -> None:
+        """Check all candidates, with random weights unless others are given."""
+        x = numbers(self.x)
+        weight = numbers(self.weight, 1) if weight is None else weight
         expected = self.convolve(x, weight)
         magnitude = self.convolve(np.abs(x), np.abs(weight))
-        check(self.problem(expected.shape), [x, weight], expected, magnitude)
+        problem = self.problem(expected.shape, zeros=zero_pattern(weight))
+        check(problem, [x, weight], expected, magnitude)

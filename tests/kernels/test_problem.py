@@ -14,6 +14,7 @@ from graphopt.kernels.expression import Builder
 from graphopt.kernels.loops import broadcast_strides, collapse
 from graphopt.kernels.problem import ConstantOperand, Layout, Operand, PointwiseProblem
 from graphopt.kernels.registry import aligned_empty
+from graphopt.kernels.zeros import ZeroPattern
 
 
 def test_strides_follow_order_and_pitch() -> None:
@@ -44,7 +45,7 @@ def test_keys_tell_apart_what_equality_does_not() -> None:
     assert problem(0.0).key() == problem(0.0).key()
     assert problem(0.0).key() != problem(0.0, (4,)).key()
     plain = problem(1)
-    constant = ConstantOperand((3,), Layout.plain("float32", 1), digest="a")
+    constant = ConstantOperand((3,), Layout.plain("float32", 1), ZeroPattern("a", (0.5, 1.0, 1.0)))
     assert replace(plain, inputs=(constant,)).key() != plain.key()
 
 

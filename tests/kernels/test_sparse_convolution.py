@@ -1,0 +1,104 @@
+"""Convolutions with zeros in their weights against torch in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import SETTINGS, Convolution, chain, check, numbers
+from support import execute
+from test_convolution import CASES as DENSE_CASES
+from test_convolution import EPILOGUES, SAME, cases
+
+from graphopt.kernels.problem import Operand
+from graphopt.kernels.registry import Candidate, candidates
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.sparse_convolution import SparseConvolutionCandidate
+from graphopt.kernels.zeros import zero_pattern
+
+
+def pruned(shape: tuple[int, ...], density: float, rows: int = 1, seed: int = 1) -> np.ndarray:
+    """A random weight of which groups of ``rows`` output channels share their zeros."""
+    groups = -(-shape[0] // rows)
+    kept = np.random.default_rng(seed).random((groups, *shape[1:])) < density
+    return numbers(shape, seed) * np.repeat(kept, rows, 0)[: shape[0]]
+
+
+def sparse_candidates(case: Convolution, weight: np.ndarray) -> list[Candidate]:
+    y = case.convolve(np.zeros(case.x), weight)
+    found = candidates(case.problem(y.shape, zeros=zero_pattern(weight)))
+    return [one for one in found if isinstance(one, SparseConvolutionCandidate)]
+
+
+CASES = DENSE_CASES | {
+    "tall": Convolution((1, 9, 5, 5), 70, (3, 3), padding=SAME),
+    "as many pixels as a panel": Convolution((1, 9, 1, 5 * LANES), 6, (1, 1)),
+    "a pixel more than a panel": Convolution((1, 9, 1, 5 * LANES + 1), 6, (1, 1)),
+    "blocks of depth": Convolution((1, 300, 4, 5), 10, (1, 1)),
+    "uneven blocks of depth": Convolution((1, 211, 4, 5), 10, (3, 3), padding=SAME),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes(name: str) -> None:
+    case = CASES[name]
+    weight = pruned(case.weight, 0.2)
+    weight.flat[1::2] = 0  # small weights are not left without a zero
+    if case.x[0]:
+        assert sparse_candidates(case, weight) or weight.size == 1
+    case.check(weight)
+
+
+@settings(max_examples=50)
+@given(cases(), st.sampled_from([0.0, 0.1, 0.4]), st.sampled_from([1, 2, 4]))
+def test_any_shape(case: Convolution, density: float, rows: int) -> None:
+    case.check(pruned(case.weight, density, rows))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("outputs", [1, 3, 8, 37])
+def test_rows_that_share_their_zeros(rows: int, outputs: int) -> None:
+    case = Convolution((2, 60, 5, 9), outputs, (1, 1))
+    weight = pruned(case.weight, 0.2, rows)
+    heights = {one.schedule.rows for one in sparse_candidates(case, weight)}  # type: ignore[attr-defined]
+    assert rows in heights
+    case.check(weight)
+
+
+@pytest.mark.parametrize("name", EPILOGUES)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_epilogues(name: str, rows: int) -> None:
+    # What the dense kernels make of an epilogue is tested; the sparse ones make the same.
+    epilogue, shapes = EPILOGUES[name]
+    case = Convolution((2, 400, 3, 7), 11, (1, 1))
+    x, weight = numbers(case.x), pruned(case.weight, 0.2, rows)
+    others = [numbers(shape, 2 + index) for index, shape in enumerate(shapes)]
+    extras = [Operand.plain("float32", shape) for shape in shapes]
+    problem = case.problem((2, 11, 3, 7), epilogue, extras, zero_pattern(weight))
+    found = candidates(problem)
+    dense = next(one for one in found if not isinstance(one, SparseConvolutionCandidate))
+    (expected,) = execute(dense, [x, weight, *others])
+    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
+    sparse = [one for one in found if isinstance(one, SparseConvolutionCandidate)]
+    check(problem, [x, weight, *others], expected, magnitude, found=[sparse[0], sparse[-1]])
+
+
+def test_a_zero_weight_multiplies_nothing() -> None:
+    case = Convolution((1, 30, 6, 7), 9, (3, 3), padding=SAME)
+    x, weight = numbers(case.x), pruned(case.weight, 0.1)
+    x[0, 7, 2, 3], x[0, 11, 5, 0] = np.inf, np.nan
+    seen = case.convolve(np.isfinite(x) == 0, weight != 0) != 0
+    expected = case.convolve(np.nan_to_num(x, posinf=0), weight)
+    for candidate in sparse_candidates(case, weight):
+        for setting in SETTINGS:
+            (y,) = execute(candidate, [x, weight], *setting)
+            np.testing.assert_array_equal(~np.isfinite(y), seen)
+            np.testing.assert_allclose(y[~seen], expected[~seen], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_left_to_dense_kernels() -> None:
+    case = Convolution((1, 30, 6, 7), 9, (3, 3), padding=SAME)
+    assert not sparse_candidates(case, numbers(case.weight))
+    unsupported = case.problem((1, 9, 6, 7), chain(("no such operator",)))
+    assert not candidates(unsupported)

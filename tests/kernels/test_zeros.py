@@ -1,0 +1,42 @@
+"""Patterns of zeros against counting by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphopt.kernels.zeros import NEIGHBOURS, group_rows, zero_pattern
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.sampled_from(NEIGHBOURS), st.integers(0, 99))
+def test_groups_of_rows(count: int, columns: int, rows: int, seed: int) -> None:
+    nonzero = np.random.default_rng(seed).random((count, columns)) < 0.3
+    expected = [nonzero[first : first + rows].any(0) for first in range(0, count, rows)]
+    np.testing.assert_array_equal(group_rows(nonzero, rows), expected)
+
+
+def test_blocks_of_rows_show_in_the_densities() -> None:
+    weight = np.zeros((8, 3, 2), np.float32)
+    weight[4:8, 1, 0] = -1
+    pattern = zero_pattern(weight)
+    assert pattern is not None
+    assert pattern.densities == (4 / 48, 2 / 24, 1 / 12)
+    weight[4, 1, 0] = 0
+    other = zero_pattern(weight)
+    assert other is not None
+    assert other.digest != pattern.digest
+    assert other.densities == (3 / 48, 2 / 24, 1 / 12)
+
+
+def test_values_do_not_matter() -> None:
+    weight = np.eye(5, dtype=np.float32)
+    assert zero_pattern(weight) == zero_pattern(-3 * weight)
+    assert zero_pattern(-0.0 * weight) == zero_pattern(0 * weight)
+
+
+def test_few_zeros_are_no_pattern() -> None:
+    assert zero_pattern(np.tile(np.float32([0, 1]), (4, 4))) is not None
+    assert zero_pattern(np.float32([[0, 1, 1]] * 3)) is None
+    assert zero_pattern(np.zeros(4, np.float32)) is None
+    assert zero_pattern(np.zeros((0, 4), np.float32)) is None
