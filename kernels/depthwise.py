@@ -1,28 +1,186 @@
 """Depthwise convolutions in float32: every output channel sees one input channel.
 
 They solve the `ConvolutionProblem` whose groups have one input channel each. Output pixels are in
-the lanes of vectors.
+the lanes of vectors. A strip of output rows is computed straight from the image: each input row is
+loaded once per horizontal position of the kernel, with masks for what lies outside, and multiplied
+into all output rows that it belongs to. Large strides and dilations are left to the sliding windows
+of `window`, which copy the image with its padding first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from graphopt.kernels import source
 from graphopt.kernels.convolution import Image, image_of
+from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
-from graphopt.kernels.registry import Candidate, Input, Step, register
-from graphopt.kernels.tile import CYCLES_PER_SECOND, WORTH_SHARING
+from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import (
+    CYCLES_PER_SECOND,
+    VECTORS_PER_CYCLE,
+    VOCABULARY,
+    WORTH_SHARING,
+    Epilogue,
+    fill,
+)
 from graphopt.kernels.window import Extras, WindowBody, Windows
 
-_STRIPS = (4, 8)
-"""Output rows made at once."""
+_STRIPS = (1, 4, 7)
+"""Output rows made at once; the images of most networks are a multiple of 7 high."""
+_WINDOW_STRIPS = (4, 8)
+_MOST_TAPS = 49
+"""Positions of a kernel for which code is written out."""
+_TASKS = 32
+"""Tasks that are enough to be shared evenly: fewer planes are cut into bands of rows."""
 
 
 @dataclass(frozen=True)
-class DepthwiseCandidate(Candidate):
+class StripCandidate(Candidate):
+    """Strips of so many output rows, for strides of 1 or 2 and no dilation."""
+
+    problem: ConvolutionProblem
+    image: Image
+    strip: int
+
+    @property
+    def _planes(self) -> int:
+        return self.image.batch * self.image.groups * self.image.outputs
+
+    @property
+    def _strips(self) -> int:
+        return math.ceil(self.image.out_size[0] / self.strip)
+
+    def build(self, threads: int) -> tuple[Step, ...]:
+        image, block = self.image, Arguments()
+        extras = Extras.of(self.problem.epilogue, self.problem.inputs, image.extras, first=2)
+        bands = min(self._strips, math.ceil(_TASKS / self._planes))
+        values: dict[str, Argument] = {
+            "x": Input(0), "weight": Input(1), "y": Output(0),
+            "height": image.size[0], "width": image.size[1],
+            "out_height": image.out_size[0], "out_width": image.out_size[1],
+            "top": image.start[0], "left": image.start[1],
+            "channels": image.groups * image.outputs, "results": image.outputs,
+            "strips": self._strips, "bands": bands, "tasks": self._planes * bands,
+        }  # fmt: skip
+        for key, argument in (values | extras.arguments(image.out_size[1])).items():
+            block.add(key, argument)
+        epilogue = Epilogue(extras.expression, extras.operands, len(block.names))
+        kernel = "x".join(map(str, image.kernel))
+        name = f"depthwise_{kernel}_{image.stride[0]}{image.stride[1]}_{self.strip}"
+        text = kernel_text(block, _strip_lines(image, self.strip, extras, epilogue), VOCABULARY)
+        parallel = threads > 1 and self.estimate > WORTH_SHARING
+        return (Step(source.build(name, text), (*block.values, *epilogue.immediates), parallel),)
+
+
+def _strip_cycles(image: Image, strip: int) -> float:
+    """Cycles of all tasks together, roughly."""
+    strips = math.ceil(image.out_size[0] / strip)
+    vectors = math.ceil(image.out_size[1] / LANES)
+    loads = _input_rows(image, strip) * image.kernel[1] * (1 if image.stride[1] == 1 else 3)
+    work = (loads + strip * (image.taps + 4)) / VECTORS_PER_CYCLE + 20
+    return image.batch * image.groups * image.outputs * (strips * vectors * work + 30)
+
+
+def _input_rows(image: Image, strip: int) -> int:
+    """Rows of the image that a strip needs."""
+    return (strip - 1) * image.stride[0] + image.kernel[0]
+
+
+def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -> list[str]:
+    """The kernel's body."""
+    columns = range(image.kernel[1])
+    taps = range(image.taps)
+    finish = []
+    for row in range(strip):
+        step = [
+            f"c += {4} * out_width",
+            *(f"e{i} += e{i}_row" for i in range(len(extras.operands))),
+        ]
+        inner = [*(step if row else []), *epilogue.register_lines(f"s{row}", 0, "present")]
+        finish += [f"if rows > {row}:", *indent(1, inner)] if row else inner
+    parts = {
+        "prologue": epilogue.prologue(),
+        "share": SHARE,
+        "weights": [f"w{t} = broadcast(read(own + {4 * t}, FLOAT32), FLOAT32)" for t in taps],
+        "masks": [line for x in columns for line in _mask_lines(image, x)],
+        "zero": [f"s{row} = broadcast(0.0, FLOAT32)" for row in range(strip)],
+        "rows": [line for r in range(_input_rows(image, strip)) for line in _row(image, strip, r)],
+        "starts": [
+            f"e{i} = extra{i} + image * extra{i}_image + channel * extra{i}_channel"
+            + (f" + row * e{i}_row + {extra.width} * column" if extra.along else "")
+            for i, extra in enumerate(extras.operands)
+        ],
+        "constants": epilogue.row_lines(),
+        "finish": finish,
+    }
+    sizes = {"STRIP": strip, "TAPS": image.taps, "DOWN": image.stride[0], "ACROSS": image.stride[1]}
+    return fill(_BODY, parts, sizes)
+
+
+def _mask_lines(image: Image, x: int) -> list[str]:
+    """Lines that make the masks of the columns under position ``x`` of the kernel."""
+    low = f"m{x} = mask_between(first + {x}, 1, width, FLOAT32)"
+    high = f"h{x} = mask_between(first + {x} + LANES, 1, width, FLOAT32)"
+    return [low] if image.stride[1] == 1 else [low, high]
+
+
+def _row(image: Image, strip: int, number: int) -> list[str]:
+    """Lines that multiply an input row, ``number`` rows below the strip's first."""
+    lines = []
+    for x in range(image.kernel[1]):
+        place = f"origin + 4 * ((top_row + {number}) * width + first + {x})"
+        if image.stride[1] == 1:
+            lines.append(f"value = load_masked({place}, FLOAT32, m{x})")
+        else:
+            lines.append(f"value = load_even({place}, FLOAT32, m{x}, h{x})")
+        for row in range(strip):
+            y = number - row * image.stride[0]
+            if 0 <= y < image.kernel[0]:
+                lines.append(f"s{row} = fma(value, w{y * image.kernel[1] + x}, s{row})")
+    return [f"if top_row + {number} >= 0 and top_row + {number} < height:", *indent(1, lines)]
+
+
+_BODY = """
+<prologue>
+<share>
+while task < stop:
+    number = task // bands
+    band = task - number * bands
+    image = number // channels
+    channel = number - image * channels
+    origin = x + 4 * (number // results) * height * width
+    own = weight + 4 * TAPS * channel
+    <weights>
+    column = 0
+    while column < out_width:
+        first = column * ACROSS - left
+        present = mask_first(out_width - column, FLOAT32)
+        <masks>
+        row = band * strips // bands * STRIP
+        last_row = min((band + 1) * strips // bands * STRIP, out_height)
+        while row < last_row:
+            rows = min(last_row - row, STRIP)
+            top_row = row * DOWN - top
+            <zero>
+            <rows>
+            c = y + 4 * ((number * out_height + row) * out_width + column)
+            <starts>
+            <constants>
+            <finish>
+            row += STRIP
+        column += LANES
+    task += 1
+"""
+
+
+@dataclass(frozen=True)
+class WindowCandidate(Candidate):
     """Windows in strips of so many rows."""
 
     problem: ConvolutionProblem
@@ -36,8 +194,6 @@ class DepthwiseCandidate(Candidate):
         return threads * self.windows.scratch_bytes
 
     def build(self, threads: int) -> tuple[Step, ...]:
-        if self.problem.outputs[0].size == 0:
-            return ()
         body = WindowBody(
             outside="0.0",
             each_result=["own_weight = weight + 4 * taps * channel"],
@@ -47,18 +203,22 @@ class DepthwiseCandidate(Candidate):
         extras = Extras.of(self.problem.epilogue, self.problem.inputs, self.image.extras, first=2)
         arguments = {"x": Input(0), "weight": Input(1)}
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        return (self.windows.step("depthwise", arguments, body, extras, parallel),)
+        return (self.windows.step("depthwise_window", arguments, body, extras, parallel),)
 
 
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
-    """Strips of a few heights, where every group has one input channel."""
+    """Strips straight from the image, else windows, where every group has one input channel."""
     problem.check()
     image = image_of(problem)
-    if image is None or image.channels != 1:
+    if image is None or image.channels != 1 or problem.outputs[0].size == 0:
         return []
+    if max(image.stride) <= 2 and image.dilation == (1, 1) and image.taps <= _MOST_TAPS:
+        strip = min(_STRIPS, key=lambda rows: _strip_cycles(image, rows))
+        seconds = _strip_cycles(image, strip) / CYCLES_PER_SECOND
+        return [StripCandidate(f"depthwise {strip} rows", problem, seconds, image, strip)]
     found: list[Candidate] = []
-    for strip in _STRIPS if image.out_size[0] > 1 else (1,):
+    for rows in _WINDOW_STRIPS if image.out_size[0] > 1 else (1,):
         windows = Windows(
             image.batch,
             image.groups,
@@ -69,10 +229,9 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
             image.stride,
             image.dilation,
             image.start,
-            strip,
+            rows,
         )
         seconds = windows.cycles / CYCLES_PER_SECOND
-        found.append(
-            DepthwiseCandidate(f"depthwise {strip} rows", problem, seconds, image, windows)
-        )
+        name = f"depthwise window, {rows} rows"
+        found.append(WindowCandidate(name, problem, seconds, image, windows))
     return found

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import Convolution, chain, check, numbers
 
-from graphopt.kernels.depthwise import DepthwiseCandidate
+from graphopt.kernels.depthwise import StripCandidate, WindowCandidate
 from graphopt.kernels.problem import Operand
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
@@ -26,8 +26,13 @@ CASES = {
     "stride 3": Convolution((1, 3, 20, 70), 3, (3, 3), (3, 3), SAME, groups=3),
     "uneven strides": Convolution((1, 3, 20, 70), 3, (3, 3), (1, 4), SAME, groups=3),
     "dilated": Convolution((1, 3, 20, 40), 3, (3, 3), (2, 2), WIDE, (2, 3), groups=3),
+    "dilated, two outputs each": Convolution((2, 3, 9, 19), 6, (3, 3), (), WIDE, (2, 2), groups=3),
     "two outputs each": Convolution((2, 3, 9, 9), 6, (3, 3), padding=SAME, groups=3),
     "more padding than image": Convolution((1, 2, 2, 3), 2, (5, 5), (), ((9, 4), (4, 9)), groups=2),
+    "7 x 7": Convolution((1, 2, 11, 18), 2, (7, 7), padding=((3, 3), (3, 3)), groups=2),
+    "whole strips": Convolution((1, 2, 14, 14), 2, (3, 3), padding=SAME, groups=2),
+    "one row": Convolution((1, 2, 1, 20), 2, (3, 3), padding=SAME, groups=2),
+    "many planes": Convolution((2, 40, 9, 5), 40, (3, 3), padding=SAME, groups=40),
     "sequence": Convolution((2, 4, 50), 4, (7,), padding=((6, 0),), groups=4),
     "many blocks": Convolution((1, 1, 300, 300), 1, (3, 3), padding=SAME, groups=1),
     "many blocks, strided": Convolution((1, 1, 500, 301), 1, (5, 5), (2, 2), WIDE, groups=1),
@@ -39,7 +44,9 @@ def test_shapes(name: str) -> None:
     case = CASES[name]
     shape = case.convolve(np.zeros(case.x), np.zeros(case.weight)).shape
     found = candidates(case.problem(shape))
-    assert any(isinstance(candidate, DepthwiseCandidate) for candidate in found)
+    strips = max(case.stride, default=1) <= 2 and max(case.dilation, default=1) == 1
+    kind = StripCandidate if strips else WindowCandidate
+    assert any(isinstance(candidate, kind) for candidate in found)
     case.check()
 
 
