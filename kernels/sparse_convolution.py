@@ -54,8 +54,10 @@ from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
 _VECTOR_BYTES = 4 * LANES
 _FIRST_CACHE = 24 * 1024
 """Bytes of a panel that stays in the first cache, beside what else passes through it."""
-_WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
+_WIDTHS = {1: (2, 3, 4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
 """Vectors of pixels of a panel, by rows that share their columns."""
+_AHEAD = 2048
+"""Bytes of a stream that are fetched in advance: it comes from the main memory once per inference."""
 _TASKS = 16
 """Tasks that are enough to be shared evenly: fewer panels are cut into parts of their outputs."""
 _LEAST_PART = 8
@@ -298,7 +300,7 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     }
     sizes = {
         "ROWS": schedule.rows, "WIDTH": schedule.width, "STEP": schedule.step,
-        "ENTRY": 4 + 4 * schedule.rows,
+        "ENTRY": 4 + 4 * schedule.rows, "AHEAD": _AHEAD,
     }  # fmt: skip
     return fill(_BODY, parts, sizes)
 
@@ -360,6 +362,10 @@ while task < stop:
                     else:
                         <resume>
                     end = p + count * ENTRY
+                    ahead = p + AHEAD
+                    while ahead < end + AHEAD:
+                        prefetch(ahead)
+                        ahead += 64
                     while p < end:
                         column = own_scratch + read(p, INT32)
                         <weights>

@@ -157,10 +157,13 @@ class Context:
     __slots__ = ("address", "arena", "arguments", "block", "externals", "memories")
 
     def __init__(self, code: Code) -> None:
+        # NumPy asks for huge pages, which spare kernels that walk through many rows at once most
+        # of their address translations; torch does not.
+        arena = np.empty(code.arena_bytes + ALIGNMENT, dtype=np.uint8)
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            arena = torch.empty(code.arena_bytes + ALIGNMENT, dtype=torch.uint8, device=_CPU)
-        self.arena = arena[-arena.data_ptr() % ALIGNMENT :][: code.arena_bytes]
+            self.arena = torch.from_numpy(arena[-arena.ctypes.data % ALIGNMENT :])
+        self.arena = self.arena[: code.arena_bytes]
         self.arguments = code.tape.arguments.copy()
         self.arguments[code.tape.arena_words] += self.arena.data_ptr()
         self.externals = np.zeros(max(2, code.externals), dtype=np.int64)
