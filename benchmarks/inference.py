@@ -240,7 +240,9 @@ def machine() -> dict[str, str]:
 def show(console: Console, records: list[dict[str, Any]], backends: Sequence[str]) -> None:
     """Milliseconds of every backend, and the ratio to the reference."""
     first = records[0]
-    table = Table(title=f"milliseconds of a call, batch {first['batch']}, {first['threads']} threads")
+    table = Table(
+        title=f"milliseconds of a call, batch {first['batch']}, {first['threads']} threads"
+    )
     table.add_column("network")
     table.add_column("sparsity", justify="right")
     for name in backends:

@@ -52,12 +52,16 @@ from graphopt.kernels.tile import (
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
 
 _VECTOR_BYTES = 4 * LANES
-_FIRST_CACHE = 24 * 1024
-"""Bytes of a panel that stays in the first cache, beside what else passes through it."""
-_WIDTHS = {1: (2, 3, 4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
+_FIRST_CACHE = 26 * 1024
+"""Bytes of a panel that stay in the first cache, beside what else passes through it."""
+_PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
+"""Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
+_WIDTHS = (
+    {1: (3, 4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
+)
 """Vectors of pixels of a panel, by rows that share their columns."""
 _AHEAD = 2048
-"""Bytes of a stream that are fetched in advance: it comes from the main memory once per inference."""
+"""Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
 _TASKS = 16
 """Tasks that are enough to be shared evenly: fewer panels are cut into parts of their outputs."""
 _LEAST_PART = 8
@@ -243,11 +247,12 @@ def _schedules(image: Image, zeros: ZeroPattern) -> Iterator[Schedule]:
         if zeros.density(rows) > _WORTH_SHARING_COLUMNS * zeros.density(1):
             continue
         for width in _WIDTHS[rows]:
-            yield Schedule(rows, width, image.channels)
-            fitting = max(_FIRST_CACHE // (width * _VECTOR_BYTES * image.taps), 1)
-            if fitting < image.channels:
-                blocks = math.ceil(image.channels / fitting)
-                yield Schedule(rows, width, math.ceil(image.channels / blocks))
+            depths = {image.channels}
+            for size in _PANEL_BYTES:
+                fitting = max(size // (width * _VECTOR_BYTES * image.taps), 1)
+                depths.add(math.ceil(image.channels / math.ceil(image.channels / fitting)))
+            for channels in sorted(depths):
+                yield Schedule(rows, width, channels)
 
 
 def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
@@ -256,10 +261,10 @@ def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
     depth = image.channels * image.taps
     groups = math.ceil(image.outputs / schedule.rows)
     panel = schedule.channels * image.taps * schedule.step
-    load = 1.0 if panel <= 1.25 * _FIRST_CACHE else 1.6
-    column = max(width * schedule.rows, width * load + schedule.rows / 2) + 0.7
+    load = 1.75 - 0.75 * min(1.0, _FIRST_CACHE / panel)
+    column = max(width * schedule.rows + 0.7, width * load + 0.5 + 0.7 * schedule.rows)
     blocks = math.ceil(image.channels / schedule.channels)
-    waiting = (blocks - 1) * (10 + 3 * schedule.rows * width)
+    waiting = (blocks - 1) * (8 + 3.5 * schedule.rows * width)
     product = groups * (zeros.density(schedule.rows) * depth * column + 12 + waiting)
     panels = math.ceil(image.pixels / (schedule.width * LANES))
     copy = schedule.width * depth * pack_cycles(image)
