@@ -15,6 +15,7 @@ from graphopt.kernels import (
     reduction,
     softmax,
     sparse_convolution,
+    sparse_matmul,
 )
 from graphopt.kernels.registry import candidates
 
@@ -31,4 +32,5 @@ __all__ = [
     "reduction",
     "softmax",
     "sparse_convolution",
+    "sparse_matmul",
 ]

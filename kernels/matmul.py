@@ -53,7 +53,7 @@ _PACK_CYCLES = 3
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """A batch of products of plain matrices, in elements.
 
     ``a`` and ``b`` are numbers of inputs. Strides are by (row, step) for a, (step, column) for b,
@@ -78,7 +78,7 @@ class MatmulCandidate(Candidate):
     """One shape of register tile."""
 
     problem: MatmulProblem
-    product: _Product
+    product: Product
     tile: TileShape
 
     @property
@@ -180,7 +180,7 @@ def candidates(problem: MatmulProblem) -> list[MatmulCandidate]:
         return []
     if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
         return []
-    product = _product(problem)
+    product = product_of(problem)
     if product is None:
         return []
     constant = isinstance(problem.inputs[product.b], ConstantOperand)
@@ -191,7 +191,7 @@ def candidates(problem: MatmulProblem) -> list[MatmulCandidate]:
     ]
 
 
-def _seconds(product: _Product, tile: TileShape, constant: bool) -> float:
+def _seconds(product: Product, tile: TileShape, constant: bool) -> float:
     vectors = math.ceil(product.columns / LANES)
     tiles = math.ceil(product.rows / tile.height) * vectors / tile.width
     compute = tiles * product.depth * tile.cycles + 3 * vectors * product.rows
@@ -200,7 +200,7 @@ def _seconds(product: _Product, tile: TileShape, constant: bool) -> float:
     return len(product.offsets) * cycles / CYCLES_PER_SECOND
 
 
-def _product(problem: MatmulProblem) -> _Product | None:
+def product_of(problem: MatmulProblem) -> Product | None:
     """The problem as a batch of matrix products; None for layouts that the kernel cannot walk."""
     a, b, *extras = problem.inputs
     (y,) = problem.outputs
@@ -222,7 +222,7 @@ def _product(problem: MatmulProblem) -> _Product | None:
     ]
     column_strides = [other[-1] if columns > 1 else 0 for other in others]
     row_strides = [walk[-1] for walk in strides]
-    product = _Product(
+    product = Product(
         sizes[-1],
         columns,
         problem.depth,
@@ -248,9 +248,9 @@ def _matrix_strides(operand: Operand, transposed: bool, batch: Sequence[int]) ->
     return (*walk, columns, rows) if transposed else (*walk, rows, columns)
 
 
-def _swapped(product: _Product, y_column: int) -> _Product:
+def _swapped(product: Product, y_column: int) -> Product:
     """The transposed product, whose columns are this one's rows."""
-    return _Product(
+    return Product(
         product.columns,
         product.rows,
         product.depth,

@@ -28,6 +28,13 @@ def numbers(shape: Sequence[int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def pruned(shape: tuple[int, ...], density: float, rows: int = 1, seed: int = 1) -> np.ndarray:
+    """A random weight of which groups of ``rows`` neighbours share their zeros."""
+    groups = -(-shape[0] // rows)
+    kept = np.random.default_rng(seed).random((groups, *shape[1:])) < density
+    return numbers(shape, seed) * np.repeat(kept, rows, 0)[: shape[0]]
+
+
 def chain(*steps: tuple, extras: int = 0) -> Expression:
     """``steps`` are (operator, further operands): "extra i" as "ei", or numbers."""
     builder = Builder()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import SETTINGS, Convolution, chain, check, numbers
+from layers import SETTINGS, Convolution, chain, check, numbers, pruned
 from support import execute
 from test_convolution import CASES as DENSE_CASES
 from test_convolution import EPILOGUES, SAME, cases
@@ -16,13 +16,6 @@ from graphopt.kernels.registry import Candidate, candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_convolution import SparseConvolutionCandidate
 from graphopt.kernels.zeros import zero_pattern
-
-
-def pruned(shape: tuple[int, ...], density: float, rows: int = 1, seed: int = 1) -> np.ndarray:
-    """A random weight of which groups of ``rows`` output channels share their zeros."""
-    groups = -(-shape[0] // rows)
-    kept = np.random.default_rng(seed).random((groups, *shape[1:])) < density
-    return numbers(shape, seed) * np.repeat(kept, rows, 0)[: shape[0]]
 
 
 def sparse_candidates(case: Convolution, weight: np.ndarray) -> list[Candidate]:

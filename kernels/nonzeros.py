@@ -1,0 +1,240 @@
+"""Products of a weight that has many zeros and a panel: what the sparse kernels are built on.
+
+The panel holds one row per step of the depth, a few vectors wide. The weight is a stream: for each
+of its rows the offsets of its non-zero columns in the panel, and their values (compare E. Elsen,
+M. Dukhan, T. Gale and K. Simonyan, "Fast sparse convnets", 2020). Each non-zero costs one
+multiplication per vector, and a load, since other rows have other columns: so most of the panel
+should stay in the first cache. Where it is too deep, it is cut into blocks of depth, between which
+the sums wait in scratch memory. In each block, rows are sorted by their number of non-zeros, so
+that loops of equal length follow one another and end as the CPU predicts.
+
+Where neighbouring rows share their columns (blocks of rows were pruned), they are computed together
+and share the loads as well.
+
+A weight that is zero multiplies nothing, so that an infinity or NaN in the panel reaches only the
+results whose weights for it are not zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.kernels.registry import aligned_empty
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import VECTORS_PER_CYCLE, fill
+from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
+
+VECTOR_BYTES = 4 * LANES
+_FIRST_CACHE = 26 * 1024
+"""Bytes of a panel that stay in the first cache, beside what else passes through it."""
+_PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
+"""Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
+_WIDTHS = (
+    {1: (3, 4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
+)
+"""Vectors of a panel, by rows that share their columns."""
+_AHEAD = 2048
+"""Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
+_TASKS = 16
+"""Tasks that are enough to be shared evenly: fewer panels are cut into parts of the weight."""
+_LEAST_PART = 8
+"""Row groups of a part at least."""
+_WORTH_SHARING_COLUMNS = 1.2
+"""How many more products with rows taken together are made up for by fewer loads."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``rows`` of the weight at once, ``width`` vectors, ``depth`` steps per block."""
+
+    rows: int
+    width: int
+    depth: int
+
+    @property
+    def step(self) -> int:
+        """Bytes of a row of the panel."""
+        return self.width * VECTOR_BYTES
+
+    @property
+    def panel_bytes(self) -> int:
+        return self.depth * self.step
+
+    def row_groups(self, outputs: int) -> int:
+        return math.ceil(outputs / self.rows)
+
+    def sums_bytes(self, outputs: int) -> int:
+        """Scratch memory for the sums of ``outputs`` rows of the weight."""
+        return self.row_groups(outputs) * self.rows * self.step
+
+    def parts(self, outputs: int, panels: int) -> int:
+        """Parts of the weight that ``panels`` panels are multiplied by separately."""
+        most = self.row_groups(outputs) // _LEAST_PART
+        return max(min(most, math.ceil(_TASKS / panels)), 1)
+
+
+def schedules(zeros: ZeroPattern, depth: int, unit: int = 1) -> Iterator[Schedule]:
+    """Schedules that may suit the zeros; blocks of depth are multiples of ``unit``."""
+    units = depth // unit
+    for rows in NEIGHBOURS:
+        if zeros.density(rows) > _WORTH_SHARING_COLUMNS * zeros.density(1):
+            continue
+        for width in _WIDTHS[rows]:
+            blocks = {units}
+            for size in _PANEL_BYTES:
+                fitting = max(size // (width * VECTOR_BYTES * unit), 1)
+                blocks.add(math.ceil(units / math.ceil(units / fitting)))
+            for block in sorted(blocks):
+                yield Schedule(rows, width, block * unit)
+
+
+def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: int) -> float:
+    """Cycles to multiply one panel by a weight (outputs, depth), roughly."""
+    width = schedule.width / VECTORS_PER_CYCLE
+    load = 1.75 - 0.75 * min(1.0, _FIRST_CACHE / schedule.panel_bytes)
+    column = max(width * schedule.rows + 0.7, width * load + 0.5 + 0.7 * schedule.rows)
+    blocks = math.ceil(depth / schedule.depth)
+    waiting = (blocks - 1) * (8 + 3.5 * schedule.rows * width)
+    columns = zeros.density(schedule.rows) * depth
+    return schedule.row_groups(outputs) * (columns * column + 12 + waiting)
+
+
+# -- the stream ----------------------------------------------------------------------------------
+
+
+def pack_streams(blocks: Sequence[np.ndarray], schedule: Schedule, parts: int) -> list[np.ndarray]:
+    """Arrays for a kernel: where each stream starts, in bytes (int64), and all streams (int32).
+
+    ``blocks`` are weights (outputs, steps of one block of depth). Stream ``block * parts + part``
+    is that of a part of the row groups.
+    """
+    streams = [stream for block in blocks for stream in _streams(block, schedule, parts)]
+    starts = aligned_empty((len(streams),), np.int64)
+    starts[:] = np.cumsum([0, *(4 * len(stream) for stream in streams[:-1])])
+    words = aligned_empty((sum(map(len, streams)),), np.int32)
+    np.concatenate(streams, out=words)
+    return [starts, words]
+
+
+def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> list[np.ndarray]:
+    """The streams of one block, a stream for each part.
+
+    A stream has runs of row groups with equally many columns: that number, how many groups, and
+    for each group its number and its columns, as their offset in the panel and the value of each
+    row. A run of no groups ends it.
+    """
+    count = schedule.row_groups(len(matrix))
+    rows = np.zeros((count * schedule.rows, matrix.shape[1]), np.float32)
+    rows[: len(matrix)] = matrix
+    nonzero = group_rows(rows != 0, schedule.rows)
+    values = rows.reshape(count, schedule.rows, -1).transpose(0, 2, 1)
+    lengths = nonzero.sum(axis=1)
+    streams = []
+    for part in range(parts):
+        own = np.arange(part * count // parts, (part + 1) * count // parts)
+        words = []
+        for length in np.unique(lengths[own])[::-1]:
+            members = own[lengths[own] == length]
+            words += [np.array([length, len(members)], np.int32)]
+            words += [_run(members, nonzero[members], values[members], schedule)]
+        streams.append(np.concatenate([*words, np.zeros(2, np.int32)]))
+    return streams
+
+
+def _run(
+    members: np.ndarray, nonzero: np.ndarray, values: np.ndarray, schedule: Schedule
+) -> np.ndarray:
+    """The words of row groups with equally many columns."""
+    groups, columns = np.nonzero(nonzero)
+    entries = np.empty((len(groups), 1 + schedule.rows), np.int32)
+    entries[:, 0] = columns * schedule.step
+    entries[:, 1:] = values[groups, columns].view(np.int32)
+    run = np.column_stack([members.astype(np.int32), entries.reshape(len(members), -1)])
+    return run.reshape(-1)
+
+
+# -- the kernel ----------------------------------------------------------------------------------
+
+
+def tile_names(schedule: Schedule) -> list[tuple[str, int, int]]:
+    """The variables that hold the sums, each with its row and its vector."""
+    return [
+        (f"s{row}_{vector}", row, vector)
+        for row in range(schedule.rows)
+        for vector in range(schedule.width)
+    ]
+
+
+def wait_lines(schedule: Schedule) -> list[str]:
+    """Lines that store the sums of a row group at ``sums``."""
+    return [f"store({_at(schedule, r, v)}, {name})" for name, r, v in tile_names(schedule)]
+
+
+def product_lines(schedule: Schedule, finish: Sequence[str]) -> list[str]:
+    """Lines that multiply a panel by a stream.
+
+    They expect the addresses ``panel``, ``p`` (of the stream) and ``all_sums`` (of the sums that
+    wait, by row group), and ``first_block``, whether there are none yet. ``finish`` are the lines
+    that follow for each row group, with its ``number`` and the address ``sums`` of its own; the
+    sums are in the variables `tile_names`.
+    """
+    tile = tile_names(schedule)
+    products = []
+    for vector in range(schedule.width):
+        products.append(f"value = load(column + {vector * VECTOR_BYTES}, FLOAT32)")
+        for row in range(schedule.rows):
+            products.append(f"s{row}_{vector} = fma(value, w{row}, s{row}_{vector})")
+    parts = {
+        "zero": [f"{name} = broadcast(0.0, FLOAT32)" for name, _, _ in tile],
+        "resume": [f"{name} = load({_at(schedule, r, v)}, FLOAT32)" for name, r, v in tile],
+        "weights": [
+            f"w{row} = broadcast(read(p + {4 + 4 * row}, FLOAT32), FLOAT32)"
+            for row in range(schedule.rows)
+        ],
+        "products": products,
+        "finish": finish,
+    }
+    sizes = {
+        "ROWS": schedule.rows,
+        "STEP": schedule.step,
+        "ENTRY": 4 + 4 * schedule.rows,
+        "AHEAD": _AHEAD,
+    }
+    return fill(_BODY, parts, sizes)
+
+
+def _at(schedule: Schedule, row: int, vector: int) -> str:
+    return f"sums + {row * schedule.step + vector * VECTOR_BYTES}"
+
+
+_BODY = """
+members = read(p + 4, INT32)
+while members > 0:
+    count = read(p, INT32)
+    p += 8
+    while members > 0:
+        number = read(p, INT32)
+        p += 4
+        sums = all_sums + number * ROWS * STEP
+        if first_block:
+            <zero>
+        else:
+            <resume>
+        end = p + count * ENTRY
+        ahead = p + AHEAD
+        while ahead < end + AHEAD:
+            prefetch(ahead)
+            ahead += 64
+        while p < end:
+            column = panel + read(p, INT32)
+            <weights>
+            <products>
+            p += ENTRY
+        <finish>
+        members -= 1
+    members = read(p + 4, INT32)
+"""

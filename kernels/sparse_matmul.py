@@ -1,0 +1,238 @@
+"""Linear layers with many zero weights in float32, for many rows.
+
+Rows of the other operand, such as tokens, are in the lanes of vectors: they are transposed into a
+panel, multiplied as `nonzeros` says, and the sums are transposed back into the rows of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.kernels import source
+from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.matmul import Product, product_of
+from graphopt.kernels.nonzeros import (
+    VECTOR_BYTES,
+    Schedule,
+    pack_streams,
+    product_cycles,
+    product_lines,
+    schedules,
+    wait_lines,
+)
+from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, MatmulProblem
+from graphopt.kernels.registry import (
+    Argument,
+    Candidate,
+    Input,
+    Output,
+    Packed,
+    Scratch,
+    Step,
+    aligned_empty,
+    register,
+)
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import (
+    CYCLES_PER_SECOND,
+    VOCABULARY,
+    WORTH_SHARING,
+    Epilogue,
+    ExtraOperand,
+    epilogue_supported,
+    fill,
+)
+from graphopt.kernels.zeros import ZeroPattern
+
+_TRANSPOSE_CYCLES = 5
+"""Cycles to transpose one vector."""
+
+
+@dataclass(frozen=True)
+class SparseMatmulCandidate(Candidate):
+    """One schedule."""
+
+    problem: MatmulProblem
+    product: Product
+    schedule: Schedule
+
+    @property
+    def _blocks(self) -> int:
+        """Blocks of depth."""
+        return math.ceil(self.product.depth / self.schedule.depth)
+
+    @property
+    def _panels(self) -> int:
+        return math.ceil(self.product.rows / (self.schedule.width * LANES))
+
+    @property
+    def _parts(self) -> int:
+        panels = len(self.product.offsets) * self._panels
+        return self.schedule.parts(self.product.columns, panels)
+
+    def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        weight = constants[1]
+        assert weight is not None
+        matrix = weight if self.problem.transposed[1] else weight.T
+        depth = self.schedule.depth
+        blocks = [matrix[:, first : first + depth] for first in range(0, matrix.shape[1], depth)]
+        offsets = aligned_empty((len(self.product.offsets), 2 + len(self.product.extras)), np.int64)
+        offsets[...] = [[a, *others] for a, _, *others in self.product.offsets]
+        operands = [self.problem.inputs[0], self.problem.outputs[0], *self.problem.inputs[2:]]
+        offsets *= [ITEM_BYTES[operand.dtype] for operand in operands]
+        return [offsets, *pack_streams(blocks, self.schedule, self._parts)]
+
+    def scratch_bytes(self, threads: int) -> int:
+        return (threads if self._parallel(threads) else 1) * self._thread_scratch
+
+    @property
+    def _thread_scratch(self) -> int:
+        return self.schedule.panel_bytes + self.schedule.sums_bytes(self.product.columns)
+
+    def _parallel(self, threads: int) -> bool:
+        return threads > 1 and self.estimate > WORTH_SHARING
+
+    def build(self, threads: int) -> tuple[Step, ...]:
+        block, epilogue = self._arguments()
+        name = f"sparse_matmul_{self.schedule.rows}x{self.schedule.width}"
+        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
+        arguments = (*block.values, *epilogue.immediates)
+        return (Step(source.build(name, text), arguments, self._parallel(threads)),)
+
+    def _arguments(self) -> tuple[Arguments, Epilogue]:
+        product, block = self.product, Arguments()
+        values: dict[str, Argument] = {
+            "a": Input(0), "y": Output(0), "offsets": Packed(0), "starts": Packed(1),
+            "words": Packed(2), "scratch": Scratch(), "thread_scratch": self._thread_scratch,
+            "panel_bytes": self.schedule.panel_bytes,
+            "height": product.rows, "width": product.columns, "depth": product.depth,
+            "a_row": 4 * product.a_strides[0], "a_step": 4 * product.a_strides[1],
+            "c_row": 4 * product.row_stride,
+            "block_depth": self.schedule.depth, "blocks": self._blocks,
+            "panels": self._panels, "parts": self._parts,
+            "row_groups": self.schedule.row_groups(product.columns),
+            "tasks": len(product.offsets) * self._panels * self._parts,
+        }  # fmt: skip
+        for name, value in values.items():
+            block.add(name, value)
+        extras = []
+        for index, strides in enumerate(product.extras):
+            extra = ExtraOperand(self.problem.inputs[2 + index].dtype, along=strides[1] != 0)
+            extras.append(extra)
+            block.add(f"extra{index}", Input(2 + index))
+            block.add(f"e{index}_row", strides[0] * extra.width)
+        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+
+
+@register(MatmulProblem)
+def candidates(problem: MatmulProblem) -> list[Candidate]:
+    """Schedules that may suit the zeros of a constant second operand."""
+    problem.check()
+    a, weight, *extras = problem.inputs
+    if not isinstance(weight, ConstantOperand) or weight.zeros is None:
+        return []
+    if {a.dtype, weight.dtype, problem.outputs[0].dtype} != {"float32"}:
+        return []
+    if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
+        return []
+    product = product_of(problem)
+    if product is None or product.b != 1 or len(weight.shape) != 2:
+        return []
+    if problem.outputs[0].size == 0 or product.rows < LANES // 2:
+        return []
+    zeros = weight.zeros
+    if not problem.transposed[1]:
+        # The pattern tells of neighbours in the depth, not of rows that share their columns.
+        zeros = ZeroPattern(zeros.digest, (zeros.density(1), 1.0, 1.0))
+    found: list[Candidate] = []
+    for schedule in schedules(zeros, product.depth):
+        name = f"sparse matmul {schedule.rows}x{schedule.width}, depth {schedule.depth}"
+        seconds = _cycles(product, schedule, zeros) / CYCLES_PER_SECOND
+        found.append(SparseMatmulCandidate(name, problem, seconds, product, schedule))
+    return found
+
+
+def _cycles(product: Product, schedule: Schedule, zeros: ZeroPattern) -> float:
+    """Cycles of all tasks together, roughly."""
+    panels = math.ceil(product.rows / (schedule.width * LANES))
+    transposed = schedule.width * (product.depth + product.columns) * _TRANSPOSE_CYCLES
+    multiply = product_cycles(schedule, zeros, product.columns, product.depth)
+    return len(product.offsets) * panels * (multiply + transposed)
+
+
+def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
+    """The kernel's body."""
+    names = ["a", "y", *(f"e{index}" for index in range(len(epilogue.extras)))]
+    starts = [
+        f"e{index} = extra{index} + own_e{index} + start * e{index}_row"
+        + (f" + {extra.width} * first_column" if extra.along else "")
+        for index, extra in enumerate(epilogue.extras)
+    ]
+    parts = {
+        "prologue": epilogue.prologue(),
+        "share": SHARE,
+        "offsets": [
+            f"own_{name} = read(offsets + 8 * ({len(names)} * matrix + {place}), INT64)"
+            for place, name in enumerate(names)
+        ],
+        "product": product_lines(schedule, wait_lines(schedule)),
+        "epilogue": [*starts, *epilogue.lines()],
+    }
+    sizes = {
+        "ROWS": schedule.rows,
+        "WIDTH": schedule.width,
+        "STEP": schedule.step,
+        "VECTOR": VECTOR_BYTES,
+    }
+    return fill(_BODY, parts, sizes)
+
+
+_BODY = """
+<prologue>
+panel = scratch + thread * thread_scratch
+all_sums = panel + panel_bytes
+<share>
+while task < stop:
+    place = task // parts
+    matrix = place // panels
+    first_part = task % parts
+    last_part = min(parts, first_part + stop - task)
+    <offsets>
+    start = (place - matrix * panels) * WIDTH * LANES
+    rows = min(height - start, WIDTH * LANES)
+    block = 0
+    while block < blocks:
+        first_step = block * block_depth
+        first_block = block == 0
+        pack_columns(
+            panel, STEP, a + own_a + start * a_row + first_step * a_step, a_step, a_row,
+            min(depth - first_step, block_depth), rows,
+        )
+        part = first_part
+        while part < last_part:
+            p = words + read(starts + 8 * (block * parts + part), INT64)
+            <product>
+            part += 1
+        block += 1
+    first_column = first_part * row_groups // parts * ROWS
+    last_column = min(last_part * row_groups // parts * ROWS, width)
+    columns = last_column - first_column
+    c = y + own_y + start * c_row + 4 * first_column
+    row = 0
+    while row < rows:
+        column = 0
+        while column < columns:
+            transpose_corner(
+                all_sums + (first_column + column) * STEP + 4 * row, STEP,
+                c + row * c_row + 4 * column, c_row,
+                min(columns - column, LANES), min(rows - row, LANES), FLOAT32,
+            )
+            column += LANES
+        row += LANES
+    <epilogue>
+    task += last_part - first_part
+"""

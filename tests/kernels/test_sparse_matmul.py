@@ -1,0 +1,121 @@
+"""Linear layers with zeros in their weights against torch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import SETTINGS, chain, check, constant, numbers, pruned
+from support import execute
+from test_matmul import multiply, plain
+
+from graphopt.kernels.expression import Expression
+from graphopt.kernels.problem import Layout, MatmulProblem, Operand
+from graphopt.kernels.registry import candidates
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.sparse_matmul import SparseMatmulCandidate
+from graphopt.kernels.zeros import zero_pattern
+
+
+def linear(
+    a: Operand,
+    weight: np.ndarray,
+    transposed: tuple[bool, bool] = (False, True),
+    epilogue: Expression | None = None,
+    extras: Sequence[Operand] = (),
+) -> MatmulProblem:
+    rows = a.shape[-1] if transposed[0] else a.shape[-2]
+    y = (*a.shape[:-2], rows, weight.shape[0 if transposed[1] else 1])
+    operand = constant(weight.shape, zero_pattern(weight))
+    return MatmulProblem((a, operand, *extras), (plain(*y),), transposed, epilogue)
+
+
+def sparse_candidates(problem: MatmulProblem) -> list[SparseMatmulCandidate]:
+    return [one for one in candidates(problem) if isinstance(one, SparseMatmulCandidate)]
+
+
+def check_linear(
+    a: Operand, weight: np.ndarray, transposed: tuple[bool, bool] = (False, True)
+) -> None:
+    problem = linear(a, weight, transposed)
+    x = numbers(a.shape)
+    found = sparse_candidates(problem)
+    assert found
+    expected = multiply(x, weight, transposed)
+    magnitude = multiply(np.abs(x), np.abs(weight), transposed)
+    check(problem, [x, weight], expected, magnitude, found=found)
+
+
+@pytest.mark.parametrize("rows", [LANES // 2, LANES, 3 * LANES + 1, 7 * LANES, 10 * LANES - 1])
+@pytest.mark.parametrize(("depth", "columns"), [(7, 2), (33, LANES + 1), (300, 70)])
+def test_sizes(rows: int, depth: int, columns: int) -> None:
+    check_linear(plain(rows, depth), pruned((columns, depth), 0.2))
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(LANES // 2, 150),
+    st.integers(1, 400),
+    st.integers(2, 60),
+    st.sampled_from([0.0, 0.1, 0.4]),
+    st.sampled_from([1, 2, 4]),
+)
+def test_any_size(rows: int, depth: int, columns: int, density: float, shared: int) -> None:
+    weight = pruned((columns, depth), density, shared)
+    if zero_pattern(weight) is not None:
+        check_linear(plain(rows, depth), weight)
+
+
+def test_layouts() -> None:
+    check_linear(plain(40, 30), pruned((30, 50), 0.2), (False, False))
+    check_linear(plain(30, 40), pruned((50, 30), 0.2), (True, True))
+    check_linear(plain(2, 3, 20, 30), pruned((50, 30), 0.2))
+    permuted = Operand((2, 20, 30), Layout("float32", (1, 0, 2)))
+    check_linear(permuted, pruned((50, 30), 0.2))
+
+
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_rows_that_share_their_zeros(shared: int) -> None:
+    weight = pruned((37, 60), 0.2, shared)
+    heights = {one.schedule.rows for one in sparse_candidates(linear(plain(50, 60), weight))}
+    assert shared in heights
+    check_linear(plain(50, 60), weight)
+
+
+@pytest.mark.parametrize("depth", [40, 300])
+def test_epilogue(depth: int) -> None:
+    x, weight = numbers((2, 25, depth)), pruned((70, depth), 0.2)
+    bias, residual, scale = numbers((70,), 2), numbers((2, 25, 70), 3), numbers((25, 1), 4)
+    product = multiply(x, weight, (False, True))
+    activated = torch.nn.functional.gelu(torch.tensor(product + bias)).numpy()
+    epilogue = chain(("add", "e0"), ("gelu",), ("add", "e1"), ("mul", "e2"), extras=3)
+    extras = [plain(*other.shape) for other in (bias, residual, scale)]
+    problem = linear(plain(2, 25, depth), weight, epilogue=epilogue, extras=extras)
+    magnitude = 10 * (1 + multiply(np.abs(x), np.abs(weight), (False, True)))
+    found = sparse_candidates(problem)
+    assert found
+    expected = (activated + residual) * scale
+    check(problem, [x, weight, bias, residual, scale], expected, magnitude, found=found)
+
+
+def test_a_zero_weight_multiplies_nothing() -> None:
+    x, weight = numbers((40, 30)), pruned((20, 30), 0.1)
+    x[7, 3], x[39, 29] = np.inf, np.nan
+    seen = multiply(~np.isfinite(x), weight != 0, (False, True)) != 0
+    expected = multiply(np.nan_to_num(x, posinf=0), weight, (False, True))
+    for candidate in sparse_candidates(linear(plain(40, 30), weight)):
+        for setting in SETTINGS:
+            (y,) = execute(candidate, [x, weight], *setting)
+            np.testing.assert_array_equal(~np.isfinite(y), seen)
+            np.testing.assert_allclose(y[~seen], expected[~seen], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_left_to_dense_kernels() -> None:
+    assert not sparse_candidates(linear(plain(40, 30), numbers((20, 30))))
+    assert not sparse_candidates(linear(plain(1, 30), pruned((20, 30), 0.1)))
+    unsupported = chain(("no such operator",))
+    assert not candidates(linear(plain(40, 30), pruned((20, 30), 0.1), epilogue=unsupported))
