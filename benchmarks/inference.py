@@ -68,6 +68,9 @@ def _efficientnet_lite0(batch: int) -> tuple[nn.Module, Inputs]:
 
 def _bert(batch: int) -> tuple[nn.Module, Inputs]:
     """Six layers of 384, 128 tokens."""
+    import zoo
+
+    zoo.import_torchvision()
     import transformers
 
     configuration = transformers.BertConfig(

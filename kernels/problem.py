@@ -194,6 +194,38 @@ class CopyProblem(Problem):
 
 
 @dataclass(frozen=True)
+class GatherProblem(Problem):
+    """Rows of a table, by their numbers.
+
+    Inputs are a table (rows, *row) and int64 or int32 indices of any shape. Outputs are
+    (*indices, *row), and a note of two int64: whether an index is outside of the table, and the
+    first that is; the rows picked for such indices are any. If ``wraps``, negative indices count
+    from the end.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    wraps: bool = False
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        return self.inputs[1].bytes + 2 * self.outputs[0].bytes
+
+    def check(self) -> None:
+        """Raise ValueError where the operands do not belong together."""
+        (table, indices), (y, note) = self.inputs, self.outputs
+        expected = (*indices.shape, *table.shape[1:])
+        if y.shape != expected or y.dtype != table.dtype:
+            raise ValueError(f"the output is {y.dtype} {y.shape}, it should be {expected}")
+        if indices.dtype not in ("int64", "int32") or note != Operand.plain("int64", (2,)):
+            raise ValueError(f"indices are {indices.dtype} and the note is {note}")
+
+
+@dataclass(frozen=True)
 class ReductionProblem(Problem):
     """One operand reduced over some of its dimensions.
 

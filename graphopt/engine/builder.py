@@ -36,6 +36,7 @@ class ProgramBuilder:
         self._inputs: list[Key] = []
         self._constants: dict[Key, Tensor] = {}
         self._outputs: list[Key] = []
+        self._checks: dict[Key, Callable[[Tensor], None]] = {}
         self._operations: list[Operation] = []
 
     def add_input(self, key: Key, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -130,6 +131,11 @@ class ProgramBuilder:
         self._buffer(key)
         self._outputs.append(key)
 
+    def add_check(self, key: Key, check: Callable[[Tensor], None]) -> None:
+        """Call ``check`` with a buffer at the end of each call; it may raise."""
+        self._buffer(key)
+        self._checks[key] = check
+
     def build(self, threads: int, *, alone_below: float = 0.0) -> Program:
         """The program.
 
@@ -144,9 +150,11 @@ class ProgramBuilder:
             self._buffers,
             self._inputs,
             {key: value.data_ptr() for key, value in self._constants.items()},
-            self._outputs,
+            [*self._outputs, *self._checks],
             self._operations,
         )
+        results = len(self._outputs)
+        noted = [result.view for result in storage.results[results:]]
         tape, segments, stages = _write(storage, self._operations, threads, alone_below)
         code = Code(
             tape=tape,
@@ -157,7 +165,8 @@ class ProgramBuilder:
             externals=storage.externals,
             arena_views=storage.arena_views,
             constants=tuple(self._constants.values()),
-            results=storage.results,
+            results=storage.results[:results],
+            checks=tuple(zip(noted, self._checks.values(), strict=True)),
             arena_bytes=storage.plan.size,
             arena_lower_bound=storage.plan.lower_bound,
             keep_alive=tuple(self._operations),

@@ -18,6 +18,7 @@ from graphopt.engine import (  # noqa: F401 (they register their rules)
     normalization_rules,
     pooling_rules,
 )
+from graphopt.engine.gather_rules import lower_gather
 from graphopt.engine.layer_rules import LAYERS, Layer
 from graphopt.engine.pointwise_rules import Draft, assemble, instructions
 from graphopt.engine.view_rules import lower_copy, lower_view
@@ -97,7 +98,7 @@ def _units(scope: Scope) -> list[Unit]:
 
 
 def _unit(scope: Scope, node: Node) -> Unit:
-    works = lower_view(scope, node) or lower_copy(scope, node)
+    works = lower_view(scope, node) or lower_copy(scope, node) or lower_gather(scope, node)
     if works is not None:
         return Unit([node], works)
     rule = LAYERS.get(node.op)

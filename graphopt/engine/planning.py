@@ -189,10 +189,16 @@ class _Writer:
         # Another size of the same graph takes the kernels that were chosen for the first.
         prefer = self.chosen_before.get(work.nodes)
         chosen = selecting.choose(work.problem, arrays, self.threads, self.selection, prefer)
+        outputs: tuple[Any, ...] = work.outputs
+        if work.check is not None:
+            note = work.problem.outputs[-1]
+            outputs = (*outputs, ("note", work.nodes))
+            self.builder.add_buffer(outputs[-1], note.shape, getattr(torch, note.dtype))
+            self.builder.add_check(outputs[-1], work.check)
         self.builder.add_kernel(
             chosen.build(self.threads),
             work.inputs,
-            work.outputs,
+            outputs,
             packed=self._pack(chosen, work, arrays),
             scratch_bytes=chosen.scratch_bytes(self.threads),
             label=chosen.kernel,

@@ -132,6 +132,7 @@ class Code:
             are memories `externals`, `externals` + 1, ...
         constants: the memories after these.
         results: the outputs.
+        checks: what is called with a part of memory before a call returns.
         arena_bytes: size of the arena.
         arena_lower_bound: bytes that no arena can do without, see `plan.MemoryPlan`.
         keep_alive: whatever else the addresses in the tape depend on.
@@ -146,6 +147,7 @@ class Code:
     arena_views: tuple[tuple[int, TensorSpec], ...]
     constants: tuple[Tensor, ...]
     results: tuple[Result, ...]
+    checks: tuple[tuple[View, Callable[[Tensor], None]], ...]
     arena_bytes: int
     arena_lower_bound: int
     keep_alive: Any
@@ -220,6 +222,7 @@ class Program:
             TraceError: an input is not what the program was made for.
             GraphError: torch returns something else than the graph says in a call-back. What torch
                 itself raises in a call-back passes through, with a note that names the call-back.
+            IndexError: an index is outside of its table.
         """
         return self._run_single(*inputs) if self._single else self._run_any(*inputs)
 
@@ -252,6 +255,7 @@ class Program:
             and len(code.allocated) == 1
             and len(code.results) == 1
             and not code.results[0].copied
+            and not code.checks
             and len(code.stages) == 1
             and not self._has_call_backs
         )
@@ -332,6 +336,8 @@ class Program:
             team.start(self.threads)
 
     def _results(self, memories: list[Tensor | None]) -> tuple[Tensor, ...]:
+        for view, check in self._code.checks:
+            check(view.of(memories))
         results = []
         for result in self._code.results:
             tensor = result.view.of(memories)

@@ -24,12 +24,15 @@ class KernelWork:
         inputs: the value that each of the problem's inputs is.
         outputs: the value that each of its outputs is.
         nodes: the nodes that it covers, the one that names it first.
+        check: given the problem's last output, which is no value of the graph, raises where the
+            call was wrong; None where the problem has no such output.
     """
 
     problem: Problem
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     nodes: tuple[Node, ...]
+    check: Callable[[torch.Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
