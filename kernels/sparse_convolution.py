@@ -15,7 +15,7 @@ import numpy as np
 
 from graphopt.kernels import source
 from graphopt.kernels.convolution import Image, image_of, pack_cycles
-from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
+from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.nonzeros import (
     Schedule,
     pack_streams,
@@ -174,8 +174,8 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     end = {
         "wait": wait_lines(schedule),
         "starts": starts,
-        "whole": _finish(schedule, epilogue, masked=False),
-        "partial": _finish(schedule, epilogue, masked=True),
+        "whole": epilogue.tile_lines(schedule.rows, schedule.width, masked=False),
+        "partial": epilogue.tile_lines(schedule.rows, schedule.width, masked=True),
     }
     sizes = {"ROWS": schedule.rows, "WIDTH": schedule.width, "STEP": schedule.step}
     parts = {
@@ -186,26 +186,12 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     return fill(_BODY, parts, sizes)
 
 
-def _finish(schedule: Schedule, epilogue: Epilogue, masked: bool) -> list[str]:
-    """Lines that apply the epilogue to a finished tile in registers and store it."""
-    lines: list[str] = []
-    for row in range(schedule.rows):
-        inner = list(epilogue.row_lines())
-        for vector in range(schedule.width):
-            mask = f"mask_first(columns - {vector * LANES}, FLOAT32)" if masked else ""
-            inner += epilogue.register_lines(f"s{row}_{vector}", vector, mask)
-        if row:
-            step = ["c += out_plane", *(f"e{i} += e{i}_row" for i in range(len(epilogue.extras)))]
-            inner = [f"if channel + {row} < last:", *indent(1, [*step, *inner])]
-        lines += inner
-    return lines
-
-
 _FINISH = """
 if block + 1 < blocks:
     <wait>
 else:
     channel = group * outputs + number * ROWS
+    rows = last - channel
     c = y + (image * groups * outputs + channel) * out_plane + 4 * start
     <starts>
     if columns == WIDTH * LANES:
@@ -218,6 +204,7 @@ _BODY = """
 <prologue>
 panel = scratch + thread * thread_scratch
 all_sums = panel + panel_bytes
+c_row = out_plane
 <share>
 while task < stop:
     place = task // parts // panels

@@ -407,6 +407,23 @@ class Epilogue:
             result = self.emission.results[0]
         return [*lines, f"store{kind}(c + {4 * vector * LANES}, {result}{more})"]
 
+    def tile_lines(self, height: int, width: int, masked: bool) -> list[str]:
+        """Lines that finish and store a tile that the variables ``s{row}_{vector}`` hold.
+
+        They change ``c`` and ``e{i}``. ``masked`` where less than whole vectors may be stored.
+        """
+        lines: list[str] = []
+        for row in range(height):
+            inner = self._constants("e")
+            for vector in range(width):
+                mask = f"mask_first(columns - {vector * LANES}, FLOAT32)" if masked else ""
+                inner += self.register_lines(f"s{row}_{vector}", vector, mask)
+            if row:
+                step = ["c += c_row", *(f"e{i} += e{i}_row" for i in range(len(self.extras)))]
+                inner = [f"if rows > {row}:", *indent(1, [*step, *inner])]
+            lines += inner
+        return lines
+
     def _constants(self, pointer: str) -> list[str]:
         return [
             f"v{index} = broadcast(read({pointer}{index}, {extra.dtype.upper()}),"

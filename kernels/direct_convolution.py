@@ -1,0 +1,181 @@
+"""Dense convolutions of single pixels in float32 that read the image where it lies.
+
+A register tile of output channels by pixels multiplies one input channel after another. What
+`convolution` does for its panels, a large part of the work where channels are few, is saved; and
+results are finished in registers. Where input channels are many, they are too far apart in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.kernels import source
+from graphopt.kernels.convolution import Image, image_of
+from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.registry import (
+    Argument,
+    Candidate,
+    Input,
+    Output,
+    Packed,
+    Step,
+    aligned_empty,
+    register,
+)
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import (
+    CYCLES_PER_SECOND,
+    VECTORS_PER_CYCLE,
+    VOCABULARY,
+    WORTH_SHARING,
+    Epilogue,
+    ExtraOperand,
+    TileShape,
+    fill,
+)
+
+_TILES = (
+    (TileShape(8, 3), TileShape(6, 4), TileShape(4, 7))
+    if LANES == 16
+    else (TileShape(4, 3), TileShape(6, 2))
+)
+_CANDIDATES = 2
+_MOST_CHANNELS = 384
+
+
+@dataclass(frozen=True)
+class DirectCandidate(Candidate):
+    """One shape of register tile."""
+
+    problem: ConvolutionProblem
+    image: Image
+    tile: TileShape
+
+    @property
+    def _tiles(self) -> int:
+        return math.ceil(self.image.outputs / self.tile.height)
+
+    def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        weight = constants[1]
+        assert weight is not None
+        image, height = self.image, self.tile.height
+        rows = np.zeros((image.groups, self._tiles * height, image.channels), np.float32)
+        rows[:, : image.outputs] = weight.reshape(image.groups, image.outputs, image.channels)
+        packed = aligned_empty((image.groups, self._tiles, image.channels, height), np.float32)
+        packed[...] = rows.reshape(image.groups, self._tiles, height, -1).swapaxes(2, 3)
+        return [packed]
+
+    def build(self, threads: int) -> tuple[Step, ...]:
+        block, epilogue = self._arguments()
+        text = kernel_text(block, _lines(self.tile, epilogue), VOCABULARY)
+        entry = source.build(f"direct_convolution_{self.tile}", text)
+        parallel = threads > 1 and self.estimate > WORTH_SHARING
+        return (Step(entry, (*block.values, *epilogue.immediates), parallel),)
+
+    def _arguments(self) -> tuple[Arguments, Epilogue]:
+        image, block = self.image, Arguments()
+        panels = math.ceil(image.pixels / (self.tile.width * LANES))
+        values: dict[str, Argument] = {
+            "x": Input(0), "weight": Packed(0), "y": Output(0),
+            "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
+            "pixels": image.pixels, "tiles": self._tiles, "panels": panels,
+            "tasks": image.batch * image.groups * panels,
+        }  # fmt: skip
+        for key, argument in values.items():
+            block.add(key, argument)
+        extras = []
+        for index, (operand, strides) in enumerate(
+            zip(self.problem.inputs[2:], image.extras, strict=True)
+        ):
+            extras.append(ExtraOperand(operand.dtype, along=strides[2] != 0))
+            width = extras[-1].width
+            block.add(f"extra{index}", Input(2 + index))
+            block.add(f"extra{index}_image", strides[0] * width)
+            block.add(f"e{index}_row", strides[1] * width)
+        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+
+
+@register(ConvolutionProblem)
+def candidates(problem: ConvolutionProblem) -> list[Candidate]:
+    """The tiles that fit the image best, for single pixels of few channels."""
+    problem.check()
+    image = image_of(problem)
+    if image is None or image.taps != 1 or image.size != image.out_size or image.size[0] != 1:
+        return []
+    if problem.outputs[0].size == 0 or image.channels > _MOST_CHANNELS:
+        return []
+    # The last panel ends with the image, so that all are whole.
+    fitting = [tile for tile in _TILES if tile.width * LANES <= image.pixels]
+    found: list[Candidate] = []
+    for tile in sorted(fitting, key=lambda tile: _cycles(image, tile))[:_CANDIDATES]:
+        seconds = _cycles(image, tile) / CYCLES_PER_SECOND
+        found.append(DirectCandidate(f"direct convolution {tile}", problem, seconds, image, tile))
+    return found
+
+
+def _cycles(image: Image, tile: TileShape) -> float:
+    """Cycles of all tasks together, roughly."""
+    tiles = math.ceil(image.outputs / tile.height)
+    panels = math.ceil(image.pixels / (tile.width * LANES))
+    # Where rows do not start on the lines of the cache, most loads touch two of them.
+    loads = (2 * tile.width + tile.height / 2) / VECTORS_PER_CYCLE
+    step = max(tile.height * tile.width / VECTORS_PER_CYCLE, loads) * 1.03
+    finish = 4 * tile.height * tile.width / VECTORS_PER_CYCLE + 15
+    return image.batch * image.groups * panels * tiles * (image.channels * step + finish)
+
+
+def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
+    """The kernel's body."""
+    rows, columns = range(tile.height), range(tile.width)
+    products = [f"w{row} = broadcast(read(a + {4 * row}, FLOAT32), FLOAT32)" for row in rows]
+    for vector in columns:
+        products.append(f"value = load(place + {4 * LANES * vector}, FLOAT32)")
+        products += [f"s{row}_{vector} = fma(value, w{row}, s{row}_{vector})" for row in rows]
+    parts = {
+        "prologue": epilogue.prologue(),
+        "share": SHARE,
+        "zero": [f"s{row}_{v} = broadcast(0.0, FLOAT32)" for row in rows for v in columns],
+        "products": products,
+        "starts": [
+            f"e{index} = extra{index} + image * extra{index}_image + channel * e{index}_row"
+            + (f" + {extra.width} * start" if extra.along else "")
+            for index, extra in enumerate(epilogue.extras)
+        ],
+        "finish": epilogue.tile_lines(tile.height, tile.width, masked=False),
+    }
+    return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
+
+
+_BODY = """
+<prologue>
+c_row = 4 * pixels
+<share>
+while task < stop:
+    number = task // panels
+    image = number // groups
+    group = number - image * groups
+    start = min((task - number * panels) * WIDTH * LANES, pixels - WIDTH * LANES)
+    a = weight + 4 * group * tiles * channels * HEIGHT
+    tile = 0
+    while tile < tiles:
+        <zero>
+        place = x + number * channels * c_row + 4 * start
+        step = 0
+        while step < channels:
+            <products>
+            a += 4 * HEIGHT
+            place += c_row
+            step += 1
+        channel = group * outputs + tile * HEIGHT
+        rows = outputs - tile * HEIGHT
+        c = y + (image * groups * outputs + channel) * c_row + 4 * start
+        <starts>
+        <finish>
+        tile += 1
+    task += 1
+"""
