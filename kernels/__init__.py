@@ -18,6 +18,7 @@ from graphopt.kernels import (
     softmax,
     sparse_convolution,
     sparse_matmul,
+    sparse_vector,
 )
 from graphopt.kernels.registry import candidates
 
@@ -37,4 +38,5 @@ __all__ = [
     "softmax",
     "sparse_convolution",
     "sparse_matmul",
+    "sparse_vector",
 ]

@@ -136,20 +136,32 @@ def _lane_pointers(builder: Any, vector: Vector, address: ir.Value, stride: ir.V
 
 @intrinsic
 def gather(typing: Any, address: Any, stride: Any, vector: Any, mask: Any) -> Any:
-    """Lane i is read at ``address + i * stride`` (bytes) if in ``mask``, else zero."""
+    """Lane i is read at ``address + i * stride`` (bytes) if in ``mask``, else zero.
+
+    A vector in place of ``stride`` holds the distance of every lane from ``address``.
+    """
     kind = named_vector(vector)
     if kind is None:
         return None
+    scattered = isinstance(stride, Vector)
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
         memory = _in_memory(kind)
-        pointers = _lane_pointers(builder, kind, values[0], values[1])
+        if scattered:
+            numbers = Vector(types.int64, kind.lanes)
+            distances = Register(builder, stride, values[1]).convert(types.int64)
+            addresses = (splat(builder, numbers, values[0]) + distances).value
+            pointer = memory.element.as_pointer()
+            pointers = builder.inttoptr(addresses, ir.VectorType(pointer, kind.lanes))
+        else:
+            pointers = _lane_pointers(builder, kind, values[0], values[1])
         name = f"llvm.masked.gather.{_masked_suffix(kind)}.v{kind.lanes}p0"
         zero = ir.Constant(memory, None)
         value = call(builder, name, memory, [pointers, _alignment(kind), values[3], zero])
         return _from_memory(builder, kind, value)
 
-    return kind(types.int64, types.int64, vector, mask), generate
+    distance = stride if scattered else types.int64
+    return kind(types.int64, distance, vector, mask), generate
 
 
 @intrinsic
