@@ -115,7 +115,7 @@ def prune(network: nn.Module, sparsity: float) -> None:
 
 
 def _graphopt(network: nn.Module, inputs: Inputs, threads: int, model: Path) -> Run:
-    optimized = graphopt.optimize(network, _arguments(inputs), threads=threads)
+    optimized = graphopt.optimize(network, arguments_of(inputs), threads=threads)
     return lambda: _call(optimized, inputs)
 
 
@@ -170,7 +170,7 @@ def _named(values: Sequence[Any], inputs: Inputs) -> list[tuple[Any, torch.Tenso
     return list(zip(values, inputs.values(), strict=True))
 
 
-def _arguments(inputs: Inputs) -> Any:
+def arguments_of(inputs: Inputs) -> Any:
     """Images are given by position, tokens by name."""
     return inputs["x"] if set(inputs) == {"x"} else inputs
 
@@ -210,7 +210,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model = Path(folder) / "model.onnx"
         if {"onnxruntime", "openvino"} & set(backends):
-            plain = graphopt.optimize(network, _arguments(inputs))
+            plain = graphopt.optimize(network, arguments_of(inputs))
             plain.export_onnx(model, verify=False)
         runs = {one: BACKENDS[one](network, inputs, threads, model) for one in backends}
         seconds = interleaved(runs, rounds)

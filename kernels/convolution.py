@@ -118,6 +118,9 @@ class ConvolutionCandidate(Candidate):
     image: Image
     tile: TileShape
 
+    def packing(self) -> tuple[TileShape]:
+        return (self.tile,)
+
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
         assert weight is not None

@@ -60,6 +60,9 @@ class DirectCandidate(Candidate):
     def _tiles(self) -> int:
         return math.ceil(self.image.outputs / self.tile.height)
 
+    def packing(self) -> tuple[TileShape]:
+        return (self.tile,)
+
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
         assert weight is not None

@@ -100,6 +100,9 @@ class MatmulCandidate(Candidate):
             return product.depth
         return math.ceil(product.depth / max(math.ceil(product.depth / DEPTH), 1))
 
+    def packing(self) -> tuple[object, ...]:
+        return (self.tile, self.product.offsets, self.product.b, self._panels)
+
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         offsets = aligned_empty((len(self.product.offsets), 3 + len(self.product.extras)), np.int64)
         offsets[...] = np.reshape(self.product.offsets, offsets.shape)

@@ -39,8 +39,8 @@ _WIDTHS = (
 """Vectors of a panel, by rows that share their columns."""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
-_TASKS = 16
-"""Tasks that are enough to be shared evenly: fewer panels are cut into parts of the weight."""
+_PARTS = 8
+"""Parts of a weight, so that few panels are shared evenly; the same for every batch."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
 _WORTH_SHARING_COLUMNS = 1.2
@@ -71,10 +71,9 @@ class Schedule:
         """Scratch memory for the sums of ``outputs`` rows of the weight."""
         return self.row_groups(outputs) * self.rows * self.step
 
-    def parts(self, outputs: int, panels: int) -> int:
-        """Parts of the weight that ``panels`` panels are multiplied by separately."""
-        most = self.row_groups(outputs) // _LEAST_PART
-        return max(min(most, math.ceil(_TASKS / panels)), 1)
+    def parts(self, outputs: int) -> int:
+        """Parts of the weight that a panel may be multiplied by separately."""
+        return max(min(self.row_groups(outputs) // _LEAST_PART, _PARTS), 1)
 
 
 def schedules(zeros: ZeroPattern, depth: int, unit: int = 1) -> Iterator[Schedule]:

@@ -101,6 +101,14 @@ class Candidate(ABC):
         """
         return []
 
+    def packing(self) -> tuple[Any, ...] | None:
+        """What `pack` depends on beside the constants, where it saves packing them again.
+
+        Candidates of one class with equal constants and equal packing pack alike; None says that
+        it is not known.
+        """
+        return None
+
     def scratch_bytes(self, threads: int) -> int:
         """Bytes of memory that the steps need beside their operands, for a team of ``threads``."""
         return 0

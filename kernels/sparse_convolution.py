@@ -70,8 +70,10 @@ class SparseConvolutionCandidate(Candidate):
 
     @property
     def _parts(self) -> int:
-        images = self.image.batch * self.image.groups
-        return self.schedule.parts(self.image.outputs, images * self._panels)
+        return self.schedule.parts(self.image.outputs)
+
+    def packing(self) -> tuple[Schedule]:
+        return (self.schedule,)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]

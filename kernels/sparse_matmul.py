@@ -71,8 +71,10 @@ class SparseMatmulCandidate(Candidate):
 
     @property
     def _parts(self) -> int:
-        panels = len(self.product.offsets) * self._panels
-        return self.schedule.parts(self.product.columns, panels)
+        return self.schedule.parts(self.product.columns)
+
+    def packing(self) -> tuple[object, ...]:
+        return (self.schedule, self.product.offsets)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]

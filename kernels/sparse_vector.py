@@ -54,6 +54,9 @@ class SparseVectorCandidate(Candidate):
     problem: MatmulProblem
     product: Product
 
+    def packing(self) -> tuple[object, ...]:
+        return (self.product.offsets, self.product.a_strides[1])
+
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
         assert weight is not None

@@ -210,13 +210,16 @@ class _Writer:
         self, chosen: Candidate, work: KernelWork, arrays: Sequence[np.ndarray | None]
     ) -> list[np.ndarray]:
         constants = tuple(value.name for value in work.inputs if value.is_constant)
-        arrays = chosen.pack(arrays)
-        key = (chosen.kernel, constants, tuple(node.name for node in work.nodes))
-        shared = self.known.get(key, [])
-        if len(shared) == len(arrays) and all(map(np.array_equal, shared, arrays)):
-            arrays = shared
-        self.packed[key] = arrays
-        return arrays
+        nodes = tuple(node.name for node in work.nodes)
+        packing = chosen.packing()
+        key = (type(chosen), chosen.kernel, constants, nodes, packing)
+        packed = self.known.get(key)
+        if packed is None or packing is None:
+            known, packed = packed or [], chosen.pack(arrays)
+            if len(known) == len(packed) and all(map(np.array_equal, known, packed)):
+                packed = known
+        self.packed[key] = packed
+        return packed
 
 
 def _array(value: Value) -> np.ndarray | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, ScalarType, TensorType, Type, Value
@@ -79,7 +80,6 @@ class Scope:
     def __init__(self, graph: Graph, types: dict[Value, Type]) -> None:
         self.graph = graph
         self.types = types
-        self._patterns: dict[Value, ZeroPattern | None] = {}
 
     def literal(self, operand: Any) -> Any:
         """An operand with the sizes in it as numbers.
@@ -124,16 +124,23 @@ class Scope:
         kind = self.tensor_type(value)
         plain = Operand.plain(dtype_name(kind.dtype), kind.shape)
         if value.is_constant:
-            return ConstantOperand(plain.shape, plain.layout, self._zeros(value))
+            return ConstantOperand(plain.shape, plain.layout, _zeros(value))
         return plain
 
-    def _zeros(self, value: Value) -> ZeroPattern | None:
-        if value not in self._patterns:
-            tensor = value.constant
-            assert tensor is not None
-            skippable = tensor.dtype == torch.float32 and tensor.dim() > 1
-            self._patterns[value] = zero_pattern(tensor.detach().numpy()) if skippable else None
-        return self._patterns[value]
+
+# By tensor, which a graph never writes to: plans for other sizes do not look for zeros again.
+_patterns: Any = WeakIdKeyDictionary()
+
+
+def _zeros(value: Value) -> ZeroPattern | None:
+    tensor = value.constant
+    assert tensor is not None
+    if tensor.dtype != torch.float32 or tensor.dim() < 2:
+        return None
+    if tensor not in _patterns:
+        _patterns[tensor] = zero_pattern(tensor.detach().numpy())
+    pattern: ZeroPattern | None = _patterns[tensor]
+    return pattern
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -27,10 +27,18 @@ SELECTION = [
     "test_convolution.py::test_shapes",
     "test_convolution.py::test_special_values_stay_where_they_belong",
     "test_depthwise.py::test_shapes",
+    "test_direct_convolution.py::test_sizes",
+    "test_gather.py::test_rows",
     "test_matmul.py::test_linear",
     "test_matmul.py::test_attention",
     "test_attention.py::test_special_values",
     "test_softmax.py::test_special_values",
+    "test_sparse_convolution.py::test_rows_that_share_their_zeros",
+    "test_sparse_convolution.py::test_a_zero_weight_multiplies_nothing",
+    "test_sparse_matmul.py::test_rows_that_share_their_zeros",
+    "test_sparse_matmul.py::test_a_zero_weight_multiplies_nothing",
+    "test_sparse_vector.py::test_one_row",
+    "test_sparse_vector.py::test_a_zero_weight_multiplies_nothing",
 ]
 TARGETS = {
     "generic": (4, ""),
