@@ -366,7 +366,7 @@ def _content_version(tensor: torch.Tensor) -> int:
     if not tensor.is_inference():
         return tensor._version
     # Tensors made in inference mode count no versions.
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _no_source(graph: Graph) -> NoReturn:
