@@ -2,7 +2,7 @@
 
 Imports and torch's own tracing are timed apart. Every measurement is a process of its own.
 
-    python benchmarks/start_up.py [--network resnet50] [--size 224] [--out start_up.json]
+    python benchmarks/start_up.py [--network resnet50] [--size 224] [--sparsity 0.9] [--out FILE]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 PARTS = ("imports", "torch.export", "trace", "passes", "plan", "run", "second call")
 
 
-def measure(network: str, size: int) -> dict[str, float]:
+def measure(network: str, size: int, sparsity: float) -> dict[str, float]:
     """Seconds of each part of a first call, in this process."""
     warnings.simplefilter("ignore")
     marks = [time.perf_counter()]
@@ -39,9 +39,11 @@ def measure(network: str, size: int) -> dict[str, float]:
 
     mark()
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    from benchmarks.inference import prune
     from tests.zoo import NETWORKS
 
     model = NETWORKS[network].build(size)
+    prune(model, sparsity)
     inputs = NETWORKS[network].inputs(1, size)
     start = time.perf_counter()
     torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
@@ -65,9 +67,10 @@ def measure(network: str, size: int) -> dict[str, float]:
     return dict(zip(PARTS, values, strict=True))
 
 
-def in_new_process(network: str, size: int, cache: str) -> dict[str, float]:
+def in_new_process(network: str, size: int, sparsity: float, cache: str) -> dict[str, float]:
     """The same, in a process with the given cache folder."""
     command = [sys.executable, __file__, "--measure", "--network", network, "--size", str(size)]
+    command += ["--sparsity", str(sparsity)]
     environment = {**os.environ, "GRAPHOPT_CACHE_DIR": cache}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -80,18 +83,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="resnet50")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--sparsity", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", action="store_true", help="measure in this process")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.network, options.size)))
+        print(json.dumps(measure(options.network, options.size, options.sparsity)))
         return
     with tempfile.TemporaryDirectory() as cache:
         results = {
-            name: in_new_process(options.network, options.size, cache)
+            name: in_new_process(options.network, options.size, options.sparsity, cache)
             for name in ("cold cache", "warm cache")
         }
-    table = Table(title=f"first call of {options.network}, {options.size} pixels, batch 1 [s]")
+    name = f"{options.network}, {options.size} pixels, {options.sparsity:.0%} sparse, batch 1"
+    table = Table(title=f"first call of {name} [s]")
     table.add_column("part")
     for name in results:
         table.add_column(name, justify="right")

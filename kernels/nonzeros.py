@@ -33,9 +33,7 @@ _FIRST_CACHE = 26 * 1024
 """Bytes of a panel that stay in the first cache, beside what else passes through it."""
 _PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
 """Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
-_WIDTHS = (
-    {1: (3, 4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
-)
+_WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
 """Vectors of a panel, by rows that share their columns."""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
@@ -111,49 +109,49 @@ def pack_streams(blocks: Sequence[np.ndarray], schedule: Schedule, parts: int) -
     ``blocks`` are weights (outputs, steps of one block of depth). Stream ``block * parts + part``
     is that of a part of the row groups.
     """
-    streams = [stream for block in blocks for stream in _streams(block, schedule, parts)]
-    starts = aligned_empty((len(streams),), np.int64)
-    starts[:] = np.cumsum([0, *(4 * len(stream) for stream in streams[:-1])])
-    words = aligned_empty((sum(map(len, streams)),), np.int32)
-    np.concatenate(streams, out=words)
-    return [starts, words]
+    streams = [_streams(block, schedule, parts) for block in blocks]
+    sizes = [len(words) for words, _ in streams]
+    before = np.cumsum([0, *sizes[:-1]])
+    starts = aligned_empty((len(blocks), parts), np.int64)
+    starts[...] = [4 * (first + own) for first, (_, own) in zip(before, streams, strict=True)]
+    words = aligned_empty((sum(sizes),), np.int32)
+    np.concatenate([words for words, _ in streams], out=words)
+    return [starts.reshape(-1), words]
 
 
-def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> list[np.ndarray]:
-    """The streams of one block, a stream for each part.
+def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """The streams of one block, and the word where that of each part starts.
 
     A stream has runs of row groups with equally many columns: that number, how many groups, and
     for each group its number and its columns, as their offset in the panel and the value of each
     row. A run of no groups ends it.
     """
-    count = schedule.row_groups(len(matrix))
+    count, entry = schedule.row_groups(len(matrix)), 1 + schedule.rows
     rows = np.zeros((count * schedule.rows, matrix.shape[1]), np.float32)
     rows[: len(matrix)] = matrix
     nonzero = group_rows(rows != 0, schedule.rows)
-    values = rows.reshape(count, schedule.rows, -1).transpose(0, 2, 1)
     lengths = nonzero.sum(axis=1)
-    streams = []
-    for part in range(parts):
-        own = np.arange(part * count // parts, (part + 1) * count // parts)
-        words = []
-        for length in np.unique(lengths[own])[::-1]:
-            members = own[lengths[own] == length]
-            words += [np.array([length, len(members)], np.int32)]
-            words += [_run(members, nonzero[members], values[members], schedule)]
-        streams.append(np.concatenate([*words, np.zeros(2, np.int32)]))
-    return streams
-
-
-def _run(
-    members: np.ndarray, nonzero: np.ndarray, values: np.ndarray, schedule: Schedule
-) -> np.ndarray:
-    """The words of row groups with equally many columns."""
-    groups, columns = np.nonzero(nonzero)
-    entries = np.empty((len(groups), 1 + schedule.rows), np.int32)
-    entries[:, 0] = columns * schedule.step
-    entries[:, 1:] = values[groups, columns].view(np.int32)
-    run = np.column_stack([members.astype(np.int32), entries.reshape(len(members), -1)])
-    return run.reshape(-1)
+    part = np.repeat(np.arange(parts), np.diff(np.arange(parts + 1) * count // parts))
+    order = np.lexsort((-lengths, part))
+    lengths = lengths[order]
+    begins_part = np.diff(part, prepend=-1) != 0
+    begins_run = begins_part | (np.diff(lengths, prepend=-1) != 0)
+    # A run has two words more, and so has the end of every part.
+    sizes = 1 + lengths * entry
+    more = 2 * begins_run + 2 * begins_part
+    places = np.cumsum(sizes + more) - sizes - 2
+    words = np.zeros(places[-1] + sizes[-1] + 2, np.int32)
+    words[places] = order
+    runs = np.flatnonzero(begins_run)
+    words[places[runs] - 2] = lengths[runs]
+    words[places[runs] - 1] = np.diff(runs, append=count)
+    groups, columns = np.nonzero(nonzero[order])
+    firsts = np.cumsum(lengths) - lengths
+    entries = places[groups] + 1 + (np.arange(len(groups)) - firsts[groups]) * entry
+    words[entries] = columns * schedule.step
+    values = rows.reshape(count, schedule.rows, -1)[order[groups], :, columns]
+    words[entries[:, None] + np.arange(1, entry)] = values.view(np.int32)
+    return words, places[begins_part] - 2
 
 
 # -- the kernel ----------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Streams of non-zeros, read back by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import pruned
+
+from graphopt.kernels.nonzeros import Schedule, pack_streams
+
+
+def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndarray) -> list[int]:
+    """Write what a stream holds into ``matrix``; the row groups that it has, in order."""
+    place, seen, longest = start // 4, [], 2**30
+    while words[place + 1]:
+        length, members = words[place : place + 2]
+        assert length < longest, "runs are sorted, and each length has one"
+        longest, place = length, place + 2
+        for _ in range(members):
+            seen.append(int(words[place]))
+            place += 1
+            for _ in range(length):
+                column, rest = divmod(int(words[place]), schedule.step)
+                assert rest == 0
+                values = words[place + 1 : place + 1 + schedule.rows].view(np.float32)
+                first = seen[-1] * schedule.rows
+                rows = matrix[first : first + schedule.rows]
+                rows[:, column] = values[: len(rows)]
+                place += 1 + schedule.rows
+    return seen
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0.0, 0.2, 1.0]),
+    st.integers(1, 5),
+)
+def test_streams_hold_the_weight(
+    outputs: int, depth: int, block: int, rows: int, density: float, parts: int
+) -> None:
+    schedule = Schedule(rows, 3, block)
+    count = schedule.row_groups(outputs)
+    parts = min(parts, count)
+    weight = pruned((outputs, depth), density)
+    blocks = [weight[:, first : first + block] for first in range(0, depth, block)]
+    starts, words = pack_streams(blocks, schedule, parts)
+    assert starts.shape == (len(blocks) * parts,)
+    found = np.zeros_like(weight)
+    for number in range(len(blocks)):
+        for part in range(parts):
+            columns = found[:, number * block : (number + 1) * block]
+            seen = read_back(words, starts[number * parts + part], schedule, columns)
+            assert sorted(seen) == list(range(part * count // parts, (part + 1) * count // parts))
+    np.testing.assert_array_equal(found, weight)
