@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 DEQUANTIZE = "graphopt.dequantize"
 WIDTH = 160
+CALLS_PER_TURN = 5
+PAUSE = 0.03
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -323,17 +326,20 @@ def benchmark(ways: Mapping[str, Callable[[], Any]], *, repeats: int = 20) -> Be
     """Time several ways of doing the same, in turns, so that a slower spell of the machine meets
     all of them.
 
+    Before its turn each way has a pause, in which the threads of the one before stop spinning, and
+    a call that is not timed.
+
     Args:
-        ways: what to call, by name; each is called twice beforehand to warm up.
+        ways: what to call, by name.
         repeats: how many times each is timed.
     """
-    for call in ways.values():
-        call()
-        call()
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
+    for first in range(0, repeats, CALLS_PER_TURN):
         for name, call in ways.items():
-            begin = time.perf_counter()
+            time.sleep(PAUSE)
             call()
-            times[name].append(time.perf_counter() - begin)
+            for _ in range(min(CALLS_PER_TURN, repeats - first)):
+                begin = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - begin)
     return Benchmark(times)
