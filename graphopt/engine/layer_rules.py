@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.engine.view_rules import zero_padding
 from graphopt.engine.work import Scope
 from graphopt.ir import Node, Value
 from graphopt.kernels.expression import Expression, Instruction, Literal, Ref
@@ -115,6 +116,14 @@ def _convolution(scope: Scope, node: Node) -> Layer | None:
     padding = _padding(scope, node, scope.shape(weight)[2:], dilation)
     stride = per_dimension(scope, node["stride"], spatial)
     groups = scope.literal(node["groups"])
+    # Padding of its own may differ before and after, which no convolution of torch can say.
+    source, zeros = zero_padding(scope, x)
+    if zeros[0] == zeros[1] == (0, 0):
+        x = source
+        padding = tuple(
+            (before + own_before, after + own_after)
+            for (before, after), (own_before, own_after) in zip(padding, zeros[2:], strict=True)
+        )
     operands = (scope.operand(x), scope.operand(weight))
     result = scope.operand(node.output)
 

@@ -239,17 +239,39 @@ def _concatenate(scope: Scope, node: Node) -> tuple[CopyProblem, list[Value]] | 
 def _constant_pad(scope: Scope, node: Node) -> tuple[CopyProblem, list[Value]] | None:
     if node.op == "aten.pad" and node["mode"] != "constant":
         return None
-    value = scope.literal(node["value"])
-    padding = scope.literal(node["pad"])
+    operand = scope.operand(node["self"])
+    before, after, value = _padding(scope, node)
+    if any(low + high + n < 0 for low, high, n in zip(before, after, operand.shape, strict=True)):
+        return None
+    return copy.pad(operand, before, after, value), [node["self"]]
+
+
+def _padding(scope: Scope, node: Node) -> tuple[list[int], list[int], bool | int | float]:
+    """What constant padding adds before and after each dimension, and of which value."""
+    value, padding = scope.literal(node["value"]), scope.literal(node["pad"])
     rank = len(scope.shape(node["self"]))
     before, after = [0] * rank, [0] * rank
     for place in range(len(padding) // 2):
         before[rank - 1 - place] = padding[2 * place]
         after[rank - 1 - place] = padding[2 * place + 1]
-    operand = scope.operand(node["self"])
-    if any(low + high + n < 0 for low, high, n in zip(before, after, operand.shape, strict=True)):
-        return None
-    return copy.pad(operand, before, after, 0 if value is None else value), [node["self"]]
+    return before, after, 0 if value is None else value
+
+
+def zero_padding(scope: Scope, value: Value) -> tuple[Value, list[tuple[int, int]]]:
+    """What a value was before zeros were put around it, and how many along each dimension.
+
+    The value itself and none where it is something else, or cropped.
+    """
+    node = value.producer
+    nothing = [(0, 0)] * len(scope.shape(value))
+    if node is None or node.op not in ("aten.pad", "aten.constant_pad_nd"):
+        return value, nothing
+    if node.op == "aten.pad" and node["mode"] != "constant":
+        return value, nothing
+    before, after, fill = _padding(scope, node)
+    if fill != 0 or min(*before, *after) < 0 or 0 in scope.shape(node["self"]):
+        return value, nothing
+    return node["self"], list(zip(before, after, strict=True))
 
 
 def _roll(scope: Scope, node: Node) -> tuple[CopyProblem, list[Value]] | None:

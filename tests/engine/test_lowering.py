@@ -274,3 +274,42 @@ def test_a_convolution_is_a_problem_once() -> None:
     (work,) = lower(graph, graph.types_under({}))
     assert isinstance(work.problem, ConvolutionProblem)
     assert [value.name for value in work.inputs] == ["x0", "conv.weight", "conv.bias"]
+
+
+@pytest.mark.parametrize("op", ["aten.pad", "aten.constant_pad_nd"])
+@pytest.mark.parametrize("own", [0, 1])
+def test_zeros_around_an_image_are_the_padding_of_its_convolution(op: str, own: int) -> None:
+    for groups, outputs in ((1, 5), (4, 8)):
+        graph, (x,) = new_graph((2, 4, 9, 8))
+        w = graph.constant(torch.randn(outputs, 4 // groups, 3, 3), "w")
+        amounts = [0, 1, 2, 0]
+        pad = (
+            graph.add(op, x, amounts, "constant", None)
+            if op == "aten.pad"
+            else graph.add(op, x, amounts)
+        )
+        y = graph.add("aten.conv2d", pad, w, None, [2, 2], [own, own], [1, 1], groups)
+        graph.set_outputs([y])
+        assert ops_of(check(graph, [torch.randn(2, 4, 9, 8)])) == [["conv2d"]]
+
+
+@pytest.mark.parametrize(
+    ("amounts", "value"), [([0, 1, 0, 1], 1.0), ([-1, 1, 0, 1], 0.0), ([0, 1, 0, 1, 1, 0], 0.0)]
+)
+def test_other_padding_is_a_copy(amounts: list[int], value: float) -> None:
+    graph, (x,) = new_graph((2, 4, 9, 8))
+    channels = 4 + sum(amounts[4:])
+    w = graph.constant(torch.randn(5, channels, 3, 3), "w")
+    pad = graph.add("aten.constant_pad_nd", x, amounts, value)
+    graph.set_outputs([graph.add("aten.conv2d", pad, w, None)])
+    plan = check(graph, [torch.randn(2, 4, 9, 8)])
+    assert ops_of(plan) == [["constant_pad_nd"], ["conv2d"]]
+
+
+def test_padding_that_others_see_is_made_for_them() -> None:
+    graph, (x,) = new_graph((2, 4, 9, 8))
+    w = graph.constant(torch.randn(5, 4, 3, 3), "w")
+    pad = graph.add("aten.constant_pad_nd", graph.add("aten.relu", x), [0, 1, 0, 1])
+    graph.set_outputs([graph.add("aten.conv2d", pad, w, None), pad])
+    steps = ops_of(check(graph, [torch.randn(2, 4, 9, 8)]))
+    assert sorted(steps) == [["constant_pad_nd"], ["conv2d"], ["relu"]]
