@@ -183,16 +183,7 @@ class ConvolutionCandidate(Candidate):
         }  # fmt: skip
         for name, value in values.items():
             block.add(name, value)
-        extras = []
-        for index, (operand, strides) in enumerate(
-            zip(self.problem.inputs[2:], image.extras, strict=True)
-        ):
-            extras.append(ExtraOperand(operand.dtype, along=strides[2] != 0))
-            width = extras[-1].width
-            block.add(f"extra{index}", Input(2 + index))
-            block.add(f"extra{index}_image", strides[0] * width)
-            block.add(f"e{index}_row", strides[1] * width)
-        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+        return block, image_epilogue(self.problem, image, block)
 
 
 @dataclass(frozen=True)
@@ -344,6 +335,30 @@ def _cycles(image: Image, tile: TileShape, cut: _Blocking, threads: int) -> floa
     return math.ceil(tasks / threads) * (copy + product + 200)
 
 
+def image_epilogue(problem: ConvolutionProblem, image: Image, block: Arguments) -> Epilogue:
+    """The epilogue of a kernel whose arguments are in ``block``, which gets those of the epilogue.
+
+    `epilogue_starts` are the lines that use them.
+    """
+    extras = []
+    for index, (operand, strides) in enumerate(zip(problem.inputs[2:], image.extras, strict=True)):
+        extra = ExtraOperand(operand.dtype, along=strides[2] != 0)
+        extras.append(extra)
+        block.add(f"extra{index}", Input(2 + index))
+        block.add(f"extra{index}_image", strides[0] * extra.width)
+        block.add(f"e{index}_row", strides[1] * extra.width)
+    return Epilogue(problem.epilogue, extras, len(block.names))
+
+
+def epilogue_starts(epilogue: Epilogue) -> list[str]:
+    """Lines that find what belongs to pixel ``start`` of a ``channel`` of an ``image``."""
+    return [
+        f"e{index} = extra{index} + image * extra{index}_image + channel * e{index}_row"
+        + (f" + {extra.width} * start" if extra.along else "")
+        for index, extra in enumerate(epilogue.extras)
+    ]
+
+
 def pack_cycles(image: Image) -> float:
     """Cycles to copy one vector of a panel: rows of the image that end in it are pieces."""
     return _PACK_CYCLES * (1 + min(LANES, image.pixels) / image.out_size[1])
@@ -351,18 +366,13 @@ def pack_cycles(image: Image) -> float:
 
 def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    starts = [
-        f"e{index} = extra{index} + image * extra{index}_image + channel * e{index}_row"
-        + (f" + {extra.width} * start" if extra.along else "")
-        for index, extra in enumerate(epilogue.extras)
-    ]
     column = "column" if tile.takes_column else ""
     multiply = multiply_lines(tile, "4", f"{4 * tile.height}", padded=True, column=column)
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
         "multiply": multiply,
-        "epilogue": [*starts, *epilogue.lines()],
+        "epilogue": [*epilogue_starts(epilogue), *epilogue.lines()],
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
-from graphopt.kernels.convolution import Image, image_of
+from graphopt.kernels.convolution import Image, epilogue_starts, image_epilogue, image_of
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
@@ -34,7 +34,6 @@ from graphopt.kernels.tile import (
     VOCABULARY,
     WORTH_SHARING,
     Epilogue,
-    ExtraOperand,
     TileShape,
     fill,
 )
@@ -91,16 +90,7 @@ class DirectCandidate(Candidate):
         }  # fmt: skip
         for key, argument in values.items():
             block.add(key, argument)
-        extras = []
-        for index, (operand, strides) in enumerate(
-            zip(self.problem.inputs[2:], image.extras, strict=True)
-        ):
-            extras.append(ExtraOperand(operand.dtype, along=strides[2] != 0))
-            width = extras[-1].width
-            block.add(f"extra{index}", Input(2 + index))
-            block.add(f"extra{index}_image", strides[0] * width)
-            block.add(f"e{index}_row", strides[1] * width)
-        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+        return block, image_epilogue(self.problem, image, block)
 
 
 @register(ConvolutionProblem)
@@ -144,11 +134,7 @@ def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
         "share": SHARE,
         "zero": [f"s{row}_{v} = broadcast(0.0, FLOAT32)" for row in rows for v in columns],
         "products": products,
-        "starts": [
-            f"e{index} = extra{index} + image * extra{index}_image + channel * e{index}_row"
-            + (f" + {extra.width} * start" if extra.along else "")
-            for index, extra in enumerate(epilogue.extras)
-        ],
+        "starts": epilogue_starts(epilogue),
         "finish": epilogue.tile_lines(tile.height, tile.width, masked=False),
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})

@@ -17,7 +17,7 @@ import numpy as np
 
 from graphopt.kernels import source
 from graphopt.kernels.loops import SHARE, Arguments, broadcast_strides, collapse, kernel_text
-from graphopt.kernels.problem import ConstantOperand, MatmulProblem, Operand
+from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, MatmulProblem, Operand
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -104,11 +104,7 @@ class MatmulCandidate(Candidate):
         return (self.tile, self.product.offsets, self.product.b, self._panels)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        offsets = aligned_empty((len(self.product.offsets), 3 + len(self.product.extras)), np.int64)
-        offsets[...] = np.reshape(self.product.offsets, offsets.shape)
-        operands = [self.problem.inputs[self.product.a], self.problem.inputs[self.product.b]]
-        operands += [self.problem.outputs[0], *self.problem.inputs[2:]]
-        offsets *= [np.dtype(operand.dtype).itemsize for operand in operands]
+        offsets = product_offsets(self.problem, self.product)
         b = constants[self.product.b]
         if not self._packed or b is None:
             return [offsets]
@@ -164,13 +160,7 @@ class MatmulCandidate(Candidate):
         }  # fmt: skip
         for name, value in values.items():
             block.add(name, value)
-        extras = []
-        for index, strides in enumerate(product.extras):
-            extra = ExtraOperand(self.problem.inputs[2 + index].dtype, along=strides[1] != 0)
-            extras.append(extra)
-            block.add(f"extra{index}", Input(2 + index))
-            block.add(f"e{index}_row", strides[0] * extra.width)
-        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+        return block, product_epilogue(self.problem, product, block)
 
 
 @register(MatmulProblem)
@@ -267,9 +257,38 @@ def _swapped(product: Product, y_column: int) -> Product:
     )
 
 
+def product_offsets(problem: MatmulProblem, product: Product) -> np.ndarray:
+    """Where a, b, the output and the further inputs start in each product, in bytes (int64)."""
+    offsets = aligned_empty((len(product.offsets), 3 + len(product.extras)), np.int64)
+    offsets[...] = np.reshape(product.offsets, offsets.shape)
+    operands = [problem.inputs[product.a], problem.inputs[product.b]]
+    operands += [problem.outputs[0], *problem.inputs[2:]]
+    offsets *= [ITEM_BYTES[operand.dtype] for operand in operands]
+    return offsets
+
+
+def offset_lines(epilogue: Epilogue) -> list[str]:
+    """Lines that read the offsets of product ``matrix`` from a table of `product_offsets`."""
+    names = ["a", "b", "y", *(f"e{index}" for index in range(len(epilogue.extras)))]
+    return [
+        f"own_{name} = read(offsets + 8 * ({len(names)} * matrix + {place}), INT64)"
+        for place, name in enumerate(names)
+    ]
+
+
+def product_epilogue(problem: MatmulProblem, product: Product, block: Arguments) -> Epilogue:
+    """The epilogue of a kernel whose arguments are in ``block``, which gets the epilogue's own."""
+    extras = []
+    for index, strides in enumerate(product.extras):
+        extra = ExtraOperand(problem.inputs[2 + index].dtype, along=strides[1] != 0)
+        extras.append(extra)
+        block.add(f"extra{index}", Input(2 + index))
+        block.add(f"e{index}_row", strides[0] * extra.width)
+    return Epilogue(problem.epilogue, extras, len(block.names))
+
+
 def _lines(tile: TileShape, epilogue: Epilogue, packed: bool) -> list[str]:
     """The kernel's body."""
-    names = [*("a", "b", "y"), *(f"e{index}" for index in range(len(epilogue.extras)))]
     starts = [
         f"e{index} = extra{index} + own_e{index} + row * e{index}_row"
         + (f" + {extra.width} * start" if extra.along else "")
@@ -284,10 +303,7 @@ def _lines(tile: TileShape, epilogue: Epilogue, packed: bool) -> list[str]:
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
-        "offsets": [
-            f"own_{name} = read(offsets + 8 * ({len(names)} * matrix + {place}), INT64)"
-            for place, name in enumerate(names)
-        ],
+        "offsets": offset_lines(epilogue),
         "panel": find if packed else arrange,
         "multiply": multiply_lines(tile, a_row="a_row", a_step="a_step", padded=False),
         "epilogue": [*starts, *epilogue.lines()],

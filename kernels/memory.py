@@ -108,14 +108,19 @@ def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
     return types.void(types.int64, value, mask), generate
 
 
+def fetch_ahead(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Bring the line at ``address``, which need not exist, into the caches."""
+    pointer = _pointer(builder, address, ir.IntType(8))
+    flags = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+
+
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Bring the line at ``address``, which need not exist, into the caches."""
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        pointer = _pointer(builder, values[0], ir.IntType(8))
-        flags = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+        fetch_ahead(builder, values[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

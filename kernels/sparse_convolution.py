@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
-from graphopt.kernels.convolution import Image, image_of, pack_cycles
+from graphopt.kernels.convolution import (
+    Image,
+    epilogue_starts,
+    image_epilogue,
+    image_of,
+    pack_cycles,
+)
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.nonzeros import (
     Schedule,
@@ -42,7 +48,6 @@ from graphopt.kernels.tile import (
     VOCABULARY,
     WORTH_SHARING,
     Epilogue,
-    ExtraOperand,
     fill,
 )
 from graphopt.kernels.zeros import ZeroPattern
@@ -126,16 +131,7 @@ class SparseConvolutionCandidate(Candidate):
         }  # fmt: skip
         for name, value in values.items():
             block.add(name, value)
-        extras = []
-        for index, (operand, strides) in enumerate(
-            zip(self.problem.inputs[2:], image.extras, strict=True)
-        ):
-            extras.append(ExtraOperand(operand.dtype, along=strides[2] != 0))
-            width = extras[-1].width
-            block.add(f"extra{index}", Input(2 + index))
-            block.add(f"extra{index}_image", strides[0] * width)
-            block.add(f"e{index}_row", strides[1] * width)
-        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+        return block, image_epilogue(self.problem, image, block)
 
 
 @register(ConvolutionProblem)
@@ -168,14 +164,9 @@ def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
 
 def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    starts = [
-        f"e{index} = extra{index} + image * extra{index}_image + channel * e{index}_row"
-        + (f" + {extra.width} * start" if extra.along else "")
-        for index, extra in enumerate(epilogue.extras)
-    ]
     end = {
         "wait": wait_lines(schedule),
-        "starts": starts,
+        "starts": epilogue_starts(epilogue),
         "whole": epilogue.tile_lines(schedule.rows, schedule.width, masked=False),
         "partial": epilogue.tile_lines(schedule.rows, schedule.width, masked=True),
     }

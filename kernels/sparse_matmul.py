@@ -14,7 +14,13 @@ import numpy as np
 
 from graphopt.kernels import source
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.matmul import Product, product_of
+from graphopt.kernels.matmul import (
+    Product,
+    offset_lines,
+    product_epilogue,
+    product_of,
+    product_offsets,
+)
 from graphopt.kernels.nonzeros import (
     VECTOR_BYTES,
     Schedule,
@@ -24,7 +30,7 @@ from graphopt.kernels.nonzeros import (
     schedules,
     wait_lines,
 )
-from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, MatmulProblem
+from graphopt.kernels.problem import ConstantOperand, MatmulProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -33,7 +39,6 @@ from graphopt.kernels.registry import (
     Packed,
     Scratch,
     Step,
-    aligned_empty,
     register,
 )
 from graphopt.kernels.simd import LANES
@@ -42,7 +47,6 @@ from graphopt.kernels.tile import (
     VOCABULARY,
     WORTH_SHARING,
     Epilogue,
-    ExtraOperand,
     epilogue_supported,
     fill,
 )
@@ -82,10 +86,7 @@ class SparseMatmulCandidate(Candidate):
         matrix = weight if self.problem.transposed[1] else weight.T
         depth = self.schedule.depth
         blocks = [matrix[:, first : first + depth] for first in range(0, matrix.shape[1], depth)]
-        offsets = aligned_empty((len(self.product.offsets), 2 + len(self.product.extras)), np.int64)
-        offsets[...] = [[a, *others] for a, _, *others in self.product.offsets]
-        operands = [self.problem.inputs[0], self.problem.outputs[0], *self.problem.inputs[2:]]
-        offsets *= [ITEM_BYTES[operand.dtype] for operand in operands]
+        offsets = product_offsets(self.problem, self.product)
         return [offsets, *pack_streams(blocks, self.schedule, self._parts)]
 
     def scratch_bytes(self, threads: int) -> int:
@@ -121,41 +122,42 @@ class SparseMatmulCandidate(Candidate):
         }  # fmt: skip
         for name, value in values.items():
             block.add(name, value)
-        extras = []
-        for index, strides in enumerate(product.extras):
-            extra = ExtraOperand(self.problem.inputs[2 + index].dtype, along=strides[1] != 0)
-            extras.append(extra)
-            block.add(f"extra{index}", Input(2 + index))
-            block.add(f"e{index}_row", strides[0] * extra.width)
-        return block, Epilogue(self.problem.epilogue, extras, len(block.names))
+        return block, product_epilogue(self.problem, product, block)
 
 
 @register(MatmulProblem)
 def candidates(problem: MatmulProblem) -> list[Candidate]:
     """Schedules that may suit the zeros of a constant second operand."""
     problem.check()
-    a, weight, *extras = problem.inputs
-    if not isinstance(weight, ConstantOperand) or weight.zeros is None:
+    found = sparse_product(problem)
+    if found is None or found[0].rows < LANES // 2:
         return []
-    if {a.dtype, weight.dtype, problem.outputs[0].dtype} != {"float32"}:
-        return []
-    if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
-        return []
-    product = product_of(problem)
-    if product is None or product.b != 1 or len(weight.shape) != 2:
-        return []
-    if problem.outputs[0].size == 0 or product.rows < LANES // 2:
-        return []
-    zeros = weight.zeros
+    product, zeros = found
     if not problem.transposed[1]:
         # The pattern tells of neighbours in the depth, not of rows that share their columns.
         zeros = ZeroPattern(zeros.digest, (zeros.density(1), 1.0, 1.0))
-    found: list[Candidate] = []
+    made: list[Candidate] = []
     for schedule in schedules(zeros, product.depth):
         name = f"sparse matmul {schedule.rows}x{schedule.width}, depth {schedule.depth}"
         seconds = _cycles(product, schedule, zeros) / CYCLES_PER_SECOND
-        found.append(SparseMatmulCandidate(name, problem, seconds, product, schedule))
-    return found
+        made.append(SparseMatmulCandidate(name, problem, seconds, product, schedule))
+    return made
+
+
+def sparse_product(problem: MatmulProblem) -> tuple[Product, ZeroPattern] | None:
+    """A product with a constant second operand, and the zeros of that; None where they are few."""
+    problem.check()
+    a, weight, *extras = problem.inputs
+    if not isinstance(weight, ConstantOperand) or weight.zeros is None or len(weight.shape) != 2:
+        return None
+    if {a.dtype, weight.dtype, problem.outputs[0].dtype} != {"float32"}:
+        return None
+    if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
+        return None
+    product = product_of(problem)
+    if product is None or product.b != 1 or problem.outputs[0].size == 0:
+        return None
+    return product, weight.zeros
 
 
 def _cycles(product: Product, schedule: Schedule, zeros: ZeroPattern) -> float:
@@ -168,7 +170,6 @@ def _cycles(product: Product, schedule: Schedule, zeros: ZeroPattern) -> float:
 
 def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    names = ["a", "y", *(f"e{index}" for index in range(len(epilogue.extras)))]
     starts = [
         f"e{index} = extra{index} + own_e{index} + start * e{index}_row"
         + (f" + {extra.width} * first_column" if extra.along else "")
@@ -177,10 +178,7 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
-        "offsets": [
-            f"own_{name} = read(offsets + 8 * ({len(names)} * matrix + {place}), INT64)"
-            for place, name in enumerate(names)
-        ],
+        "offsets": offset_lines(epilogue),
         "product": product_lines(schedule, wait_lines(schedule)),
         "epilogue": [*starts, *epilogue.lines()],
     }

@@ -17,8 +17,8 @@ import numpy as np
 
 from graphopt.kernels import source
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.matmul import Product, product_of
-from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, MatmulProblem
+from graphopt.kernels.matmul import Product, offset_lines, product_epilogue, product_offsets
+from graphopt.kernels.problem import MatmulProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -30,13 +30,12 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
+from graphopt.kernels.sparse_matmul import sparse_product
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     VOCABULARY,
     WORTH_SHARING,
     Epilogue,
-    ExtraOperand,
-    epilogue_supported,
     fill,
 )
 
@@ -61,10 +60,7 @@ class SparseVectorCandidate(Candidate):
         weight = constants[1]
         assert weight is not None
         matrix = weight if self.problem.transposed[1] else weight.T
-        operands = [self.problem.inputs[0], self.problem.outputs[0], *self.problem.inputs[2:]]
-        offsets = aligned_empty((len(self.product.offsets), len(operands)), np.int64)
-        offsets[...] = [[a, *others] for a, _, *others in self.product.offsets]
-        offsets *= [ITEM_BYTES[operand.dtype] for operand in operands]
+        offsets = product_offsets(self.problem, self.product)
         slices = [
             _slice(matrix[first : first + LANES], 4 * self.product.a_strides[1])
             for first in range(0, len(matrix), LANES)
@@ -85,13 +81,7 @@ class SparseVectorCandidate(Candidate):
         }  # fmt: skip
         for name, value in values.items():
             block.add(name, value)
-        extras = []
-        for index, strides in enumerate(product.extras):
-            extra = ExtraOperand(self.problem.inputs[2 + index].dtype, along=strides[1] != 0)
-            extras.append(extra)
-            block.add(f"extra{index}", Input(2 + index))
-            block.add(f"e{index}_row", strides[0] * extra.width)
-        epilogue = Epilogue(self.problem.epilogue, extras, len(block.names))
+        epilogue = product_epilogue(self.problem, product, block)
         entry = source.build("sparse_vector", kernel_text(block, _lines(epilogue), VOCABULARY))
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         return (Step(entry, (*block.values, *epilogue.immediates), parallel),)
@@ -111,35 +101,24 @@ def _slice(rows: np.ndarray, step: int) -> np.ndarray:
 @register(MatmulProblem)
 def candidates(problem: MatmulProblem) -> list[Candidate]:
     """One kernel for a few rows and a constant second operand with many zeros."""
-    problem.check()
-    a, weight, *extras = problem.inputs
-    if not isinstance(weight, ConstantOperand) or weight.zeros is None:
+    found = sparse_product(problem)
+    if found is None:
         return []
-    if {a.dtype, weight.dtype, problem.outputs[0].dtype} != {"float32"}:
-        return []
-    if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
-        return []
-    product = product_of(problem)
-    if product is None or product.b != 1 or len(weight.shape) != 2:
-        return []
+    product, zeros = found
     rows = product.rows * len(product.offsets)
-    if problem.outputs[0].size == 0 or rows >= MOST_ROWS or a.bytes >= 2**31:
+    if rows >= MOST_ROWS or problem.inputs[0].bytes >= 2**31:
         return []
-    weights = weight.zeros.density(1) * weight.size
+    weights = zeros.density(1) * problem.inputs[1].size
     seconds = rows * (_GATHER_CYCLES * weights + 20 * product.columns / LANES) / CYCLES_PER_SECOND
     return [SparseVectorCandidate("sparse vector", problem, seconds, product)]
 
 
 def _lines(epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    names = ["a", "y", *(f"e{index}" for index in range(len(epilogue.extras)))]
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
-        "offsets": [
-            f"own_{name} = read(offsets + 8 * ({len(names)} * matrix + {place}), INT64)"
-            for place, name in enumerate(names)
-        ],
+        "offsets": offset_lines(epilogue),
         "starts": [
             f"e{index} = extra{index} + own_e{index} + row * e{index}_row"
             + (f" + {extra.width} * column" if extra.along else "")

@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 from graphopt.kernels.emission import emit, unsupported
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import broadcast_strides, indent
+from graphopt.kernels.memory import fetch_ahead
 from graphopt.kernels.problem import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector, call, splat
 
@@ -107,12 +108,6 @@ class _Memory:
         pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
         alignment = ir.Constant(ir.IntType(32), self.alignment)
         return call(self.builder, name, result, [*first, pointer, alignment, *last])
-
-    def prefetch(self, address: ir.Value) -> None:
-        """Bring the line at ``address``, which need not exist, into the caches."""
-        pointer = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
-        flags = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]
-        call(self.builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
     def broadcast(self, address: ir.Value) -> Register:
         """The number at ``address`` in every lane."""
@@ -212,7 +207,7 @@ class _Tile:
             ]
             offset = builder.mul(loop.index, given["a_step"])
             if padded:
-                memory.prefetch(builder.add(builder.add(starts[0], offset), _number(_AHEAD)))
+                fetch_ahead(builder, builder.add(builder.add(starts[0], offset), _number(_AHEAD)))
             for row in range(self.height):
                 factor = memory.broadcast(builder.add(starts[row], offset))
                 for column in range(self.width):
