@@ -39,7 +39,7 @@ from graphopt.kernels.tile import (
     fill,
 )
 
-MOST_ROWS = LANES // 2
+MOST_ROWS = max(LANES // 2, 4)
 _GATHER_CYCLES = 1.5
 """Cycles per element."""
 _AHEAD = 4096
