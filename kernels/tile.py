@@ -409,7 +409,7 @@ class Epilogue:
         """
         lines: list[str] = []
         for row in range(height):
-            inner = self._constants("e")
+            inner = self.row_lines()
             for vector in range(width):
                 mask = f"mask_first(columns - {vector * LANES}, FLOAT32)" if masked else ""
                 inner += self.register_lines(f"s{row}_{vector}", vector, mask)

@@ -25,6 +25,8 @@ def lower_gather(scope: Scope, node: Node) -> list[Work] | None:
         return None
     if not isinstance(indices, Value) or not scope.has_kernels(table, indices):
         return None
+    if node.op == "aten.index_select" and not scope.shape(indices):
+        return None  # a single number, which keeps the dimension that it picks from
     if not scope.shape(table) or scope.operand(indices).dtype not in ("int64", "int32"):
         return None
     note = Operand.plain("int64", (2,))

@@ -50,3 +50,13 @@ def test_indices_out_of_range_raise(arguments: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(IndexError, match=r"index -8 .* 7 rows that %index"):
         optimized(x, bad)
     optimized(x, place)
+
+
+def test_a_single_number_keeps_its_dimension(arguments: tuple[Tensor, Tensor]) -> None:
+    class Pick(nn.Module):
+        def forward(self, table: Tensor, number: Tensor) -> Tensor:
+            return torch.index_select(table, 0, number)
+
+    table, number = torch.randn(5, 3), torch.tensor(2)
+    optimized = graphopt.optimize(Pick(), (table, number))
+    assert torch.equal(optimized(table, number), table[2:3])
