@@ -138,16 +138,6 @@ def test_of(path: str, name: str, *args: Any, **kwargs: Any) -> Check:
 test_of.__test__ = False  # type: ignore[attr-defined]
 
 
-def repeatedly(check: Check, times: int) -> Check:
-    """The check, many times over, for faults that need an unlucky moment."""
-
-    def run() -> None:
-        for _ in range(times):
-            check()
-
-    return run
-
-
 def in_a_child(check: Check) -> Check:
     """The check in a process of its own, for faults that touch memory which is not theirs."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planted import changed, engine_on_random_graphs, fault, repeatedly, test_of
+from planted import changed, engine_on_random_graphs, fault, test_of
 
 from graphopt.engine import layer_rules, lowering, plan, storage, tape, view_rules
 
@@ -57,7 +57,7 @@ fault(
 )  # fmt: skip
 fault(
     "threads do not wait for each other between steps",
-    repeatedly(test_of(PROGRAM, "test_threads_agree", 64, 2), 5),
+    test_of(PROGRAM, "test_a_step_waits_for_all_threads"),
     changed(tape.TapeWriter.finish, "flags | walker.BARRIER", "flags"),
 )
 fault(

@@ -57,6 +57,17 @@ def _rotate(arguments: Any, thread: int, threads: int) -> None:
 
 
 @cfunc(SIGNATURE, cache=True)
+def _late_increment(arguments: Any, thread: int, threads: int) -> None:
+    """target = source + 1, with threads after the first long behind it."""
+    source, target, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
+    delay = 1
+    for i in range(arguments[3] * thread):
+        delay = (delay * 3 + i) % 1000003
+    for i in range(count * thread // threads, count * (thread + 1) // threads):
+        target[i] = source[i] + (np.float32(1) if delay >= 0 else np.float32(2))
+
+
+@cfunc(SIGNATURE, cache=True)
 def _partial_maxima(arguments: Any, thread: int, threads: int) -> None:
     """scratch = [threads, maximum of each thread's part ...]."""
     source, scratch, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
@@ -100,6 +111,11 @@ def add(count: int) -> list[Step]:
 def rotate(count: int, shift: int, parallel: bool = True) -> list[Step]:
     """output[i] = input[(i + shift) % count] + 1."""
     return [Step(_entry(_rotate), (Input(0), Output(0), count, shift), parallel)]
+
+
+def late_increment(count: int, turns: int) -> list[Step]:
+    """output = input + 1; threads after the first turn a loop so many times before they start."""
+    return [Step(_entry(_late_increment), (Input(0), Output(0), count, turns))]
 
 
 def minus_maximum(count: int, threads: int) -> tuple[list[Step], int]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_kernels import add, affine, count_threads, minus_maximum, rotate
+from small_kernels import add, affine, count_threads, late_increment, minus_maximum, rotate
 from torch import Tensor
 
 from graphopt.engine import plan as planner
@@ -164,6 +164,29 @@ def test_threads_agree(threads: int, count: int) -> None:
     for _ in range(20):
         x = torch.randint(-9, 9, (count,)).float()
         assert torch.equal(program(x)[0], chain_reference(x, 40))
+
+
+def test_a_step_waits_for_all_threads() -> None:
+    """The other thread's half is written a millisecond late, and read by the first at once."""
+    count = 64
+    builder = ProgramBuilder()
+    builder.add_input("x", (count,), FLOAT)
+    for key, size in (("late", count), ("y", count), ("threads", 2)):
+        builder.add_buffer(key, (size,), FLOAT)
+    late = late_increment(count, 300_000)
+    builder.add_kernel(late, ["x"], ["late"], label="late", estimate=1.0)
+    builder.add_kernel(rotate(count, count // 2), ["late"], ["y"], label="rotate", estimate=1.0)
+    builder.add_kernel(count_threads(), ["x"], ["threads"], label="count", estimate=1.0)
+    builder.add_output("y")
+    builder.add_output("threads")
+    program = builder.build(2)
+    together, deadline = 0, time.monotonic() + 30
+    while together < 20:
+        x = torch.arange(count) + torch.randint(10**6, (1,)).float()
+        y, threads = program(x)
+        assert torch.equal(y, torch.roll(x, -(count // 2)) + 2)
+        together += int(threads[0]) == 2
+        assert time.monotonic() < deadline
 
 
 def threads_seen(alone_below: float) -> Iterator[int]:
