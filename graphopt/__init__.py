@@ -14,6 +14,7 @@ from graphopt.errors import (
 )
 from graphopt.ir import Graph
 from graphopt.model import OptimizedModel
+from graphopt.pass_report import PassReport
 from graphopt.pipeline import Context, Pipeline
 from graphopt.registry import register_pass
 from graphopt.target import Target
@@ -30,6 +31,7 @@ __all__ = [
     "GraphError",
     "OptimizedModel",
     "PassError",
+    "PassReport",
     "Pipeline",
     "SelectionError",
     "Target",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from graphopt.engine import time_graph
 from graphopt.errors import Error
 from graphopt.ir import Graph
 from graphopt.model import OptimizedModel
+from graphopt.pass_report import PassReport
 from graphopt.passes import EXACT
 from graphopt.pipeline import Context, Pipeline
 from graphopt.precision import cpu_source
@@ -26,6 +28,7 @@ def optimize(
     *,
     dynamic: Dynamic | None = None,
     threads: int | None = None,
+    progress: bool | None = None,
 ) -> OptimizedModel:
     """Make a trained model small and fast on this CPU.
 
@@ -38,6 +41,8 @@ def optimize(
             passes. Without lossy passes the result is the model's own, within float rounding.
         dynamic: which sizes are free; see `graphopt.trace`. Dimension 0 is by default.
         threads: how many threads a call may use; by default the cores this process may use.
+        progress: whether to show progress bars; by default where passes are given and the
+            standard error is a terminal.
 
     Returns:
         A module for inference with the model's arguments and results.
@@ -51,13 +56,15 @@ def optimize(
     if isinstance(model, OptimizedModel):
         raise Error("the model is optimized already; optimize its source with all passes at once")
     given = list(passes)
+    show = bool(given) and sys.stderr.isatty() if progress is None else progress
     pipeline = Pipeline([*EXACT, *given, *(EXACT if given else ())])
 
-    def prepare(graph: Graph) -> Graph:
+    def prepare(graph: Graph) -> tuple[PassReport, ...]:
         count = optimized.threads
         target = Target(lambda fragment: time_graph(fragment, threads=count), threads=count)
-        pipeline.run(graph, Context(target=target))
-        return graph
+        ctx = Context(target=target, progress=show)
+        pipeline.run(graph, ctx)
+        return tuple(ctx.reports)
 
     optimized = OptimizedModel(
         cpu_source(model),

@@ -23,21 +23,25 @@ from graphopt.ir.interface import same_leaves
 if TYPE_CHECKING:
     from graphopt.comparison import Comparison
     from graphopt.onnx import Exported
+    from graphopt.pass_report import PassReport
     from graphopt.report import Benchmark, Report
 
 PLANS_PER_TRACE = 16
 TRACES = 8
 
-Prepare = Callable[[Graph], Graph]
+Prepare = Callable[[Graph], tuple["PassReport", ...]]
+"""Changes a fresh trace in place, and returns what its passes told."""
 
 
 @dataclass
 class Traced:
-    """One trace of the source: its graph before and after the passes, and plans by sizes."""
+    """One trace of the source: its graph before and after the passes, what these told, and plans
+    by sizes."""
 
     source: Graph
     graph: Graph
     versions: list[tuple[str, torch.Tensor, int]]
+    reports: tuple[PassReport, ...] = ()
     plans: OrderedDict[tuple[tuple[str, int], ...], Plan] = field(default_factory=OrderedDict)
 
     def sizes(self, tensors: Sequence[torch.Tensor]) -> dict[str, int] | None:
@@ -165,8 +169,9 @@ class OptimizedModel(nn.Module):
                 for value in source.constants
                 if value.constant is not None
             ]
-            graph = self._prepare(source.clone())
-            traced = Traced(source, graph, versions)
+            graph = source.clone()
+            reports = self._prepare(graph)
+            traced = Traced(source, graph, versions, reports)
             self._traces.insert(0, traced)
             del self._traces[TRACES:]
             return traced
@@ -207,12 +212,13 @@ class OptimizedModel(nn.Module):
         return self._traces[0]
 
     def report(self) -> Report:
-        """Layers with parameters, multiply-adds, kernels and measured times; prints as a table."""
+        """Layers with parameters, multiply-adds, kernels and measured times, and what passes told;
+        prints as tables."""
         from graphopt.report import build_report
 
         traced = self._latest()
         plan = self._plan(traced, traced.graph.sizes)
-        return build_report(traced.source, traced.graph, plan)
+        return build_report(traced.source, traced.graph, plan, traced.reports)
 
     def benchmark(self, inputs: Any, *, repeats: int = 20) -> Benchmark:
         """Time this model against its eager source, interleaved, on the given inputs.
@@ -296,7 +302,7 @@ class OptimizedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        traces = [(traced.source, traced.graph) for traced in self._traces]
+        traces = [(traced.source, traced.graph, traced.reports) for traced in self._traces]
         if not traces:
             raise Error("the model has not been traced yet; call it once before it is copied")
         return {
@@ -316,12 +322,14 @@ class OptimizedModel(nn.Module):
             pipeline=state["pipeline"],
         )
         self._parameters_of_call = state["parameters"]
-        self._traces = [Traced(source, graph, []) for source, graph in state["traces"]]
+        self._traces = [Traced(source, graph, [], told) for source, graph, told in state["traces"]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         copy = OptimizedModel.__new__(OptimizedModel)
         state = self.__getstate__()
-        state["traces"] = [(source.clone(), graph.clone()) for source, graph in state["traces"]]
+        state["traces"] = [
+            (source.clone(), graph.clone(), told) for source, graph, told in state["traces"]
+        ]
         copy.__setstate__(state)
         return copy
 

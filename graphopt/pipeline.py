@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.table import Table
 from graphopt.errors import Error, PassError
 from graphopt.ir import Graph
 from graphopt.numerics import Yardstick
+from graphopt.pass_report import PassReport
 from graphopt.registry import Accuracy, BoundPass, Pass, PassLike, as_pass, register_pass
 from graphopt.reproducer import save_reproducer
 from graphopt.target import Target
@@ -40,6 +41,7 @@ class Context:
         logger: for what a pass has to say.
         progress: whether `track` shows a progress bar.
         generator: the source of all randomness in passes.
+        reports: what the passes told so far, see `report`.
     """
 
     target: Target = field(default_factory=Target)
@@ -47,10 +49,23 @@ class Context:
     logger: logging.Logger = field(default_factory=lambda: logging.getLogger("graphopt"))
     progress: bool = False
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    reports: list[PassReport] = field(default_factory=list)
     _bar: Progress | None = field(default=None, init=False, repr=False)
 
-    def track(self, items: Collection[Item], description: str) -> Iterator[Item]:
-        """The items one by one, with a progress bar where that is switched on. Bars nest."""
+    def report(self, report: PassReport) -> None:
+        """Keep what a pass has to tell; it becomes part of the optimized model's report."""
+        self.reports.append(report)
+
+    def track(
+        self, items: Iterable[Item], description: str, total: int | None = None
+    ) -> Iterator[Item]:
+        """The items one by one, with a progress bar where that is switched on. Bars nest.
+
+        Args:
+            items: what to go through.
+            description: what the bar is called.
+            total: how many there are, where the items do not tell.
+        """
         if not self.progress:
             yield from items
             return
@@ -58,7 +73,9 @@ class Context:
         bar = self._bar = self._bar or Progress(transient=True)
         if outermost:
             bar.start()
-        task = bar.add_task(description, total=len(items))
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        task = bar.add_task(description, total=total)
         try:
             for item in items:
                 yield item

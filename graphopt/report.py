@@ -18,6 +18,7 @@ from graphopt.ir import Graph, Node, TensorType, Value
 
 if TYPE_CHECKING:
     from graphopt.engine import Plan
+    from graphopt.pass_report import PassReport
 
 DEQUANTIZE = "graphopt.dequantize"
 WIDTH = 160
@@ -84,14 +85,17 @@ class Report:
     layers: tuple[Layer, ...]
     before: Totals
     totals: Totals
+    passes: tuple[PassReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """``layers`` (a list of dicts with the fields of `Layer`), ``totals`` of the optimized
-        network and ``before``, those of its source (dicts with the fields of `Totals`)."""
+        network and ``before``, those of its source (dicts with the fields of `Totals`), and
+        ``passes``, what these told (a list of dicts with the fields of `PassReport`)."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "totals": asdict(self.totals),
             "before": asdict(self.before),
+            "passes": [told.to_dict() for told in self.passes],
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -109,6 +113,7 @@ class Report:
             table.add_row(*_row(layer))
         yield table
         yield f"constants: {_bytes(self.before.bytes)} before, {_bytes(self.totals.bytes)} after"
+        yield from self.passes
 
     def __str__(self) -> str:
         return _plain(self)
@@ -117,7 +122,12 @@ class Report:
         return "\n".join(_number(getattr(totals, name)) for totals in (self.before, self.totals))
 
 
-def build_report(before: Graph, after: Graph, plan: Plan | None = None) -> Report:
+def build_report(
+    before: Graph,
+    after: Graph,
+    plan: Plan | None = None,
+    passes: tuple[PassReport, ...] = (),
+) -> Report:
     """Report on a graph.
 
     Args:
@@ -125,10 +135,11 @@ def build_report(before: Graph, after: Graph, plan: Plan | None = None) -> Repor
         after: the optimized graph.
         plan: the engine's plan of the optimized graph: its kernels make the rows, and are timed
             on random inputs. Without it every node makes a row, and nothing is timed.
+        passes: what the passes told.
     """
     if plan is None:
         layers = [_layer((node,)) for node in after.nodes]
-        return Report(_worth_a_row(layers), totals(before), totals(after))
+        return Report(_worth_a_row(layers), totals(before), totals(after), passes)
     layers = []
     covered: set[Node] = set()
     for step, seconds in plan.profile():
@@ -138,7 +149,7 @@ def build_report(before: Graph, after: Graph, plan: Plan | None = None) -> Repor
     free = [_layer((node,)) for node in after.nodes if node not in covered]
     layers += [layer for layer in free if layer.macs]
     time_ms = sum(layer.time_ms or 0.0 for layer in layers)
-    return Report(tuple(layers), totals(before), totals(after, time_ms))
+    return Report(tuple(layers), totals(before), totals(after, time_ms), passes)
 
 
 def totals(graph: Graph, time_ms: float | None = None) -> Totals:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,6 +12,7 @@ from torch.nn import functional
 import graphopt
 from graphopt.flops import count_flops
 from graphopt.ir import Graph, TensorType
+from graphopt.pass_report import PassReport
 from graphopt.report import Totals, benchmark, build_report, totals
 
 BATCH = 2
@@ -180,3 +184,24 @@ def test_benchmark_takes_turns() -> None:
     assert {name: len(times) for name, times in result.times.items()} == {"a": 7, "b": 7}
     assert result.ratio == result.medians["a"] / result.medians["b"]
     assert "speed-up" in str(result)
+
+
+@graphopt.register_pass("tells")
+@dataclass(frozen=True)
+class Tells:
+    """Reports, and does nothing else."""
+
+    def run(self, graph: graphopt.Graph, ctx: graphopt.Context) -> bool:
+        rows = (("conv[0]", 0.5, None, 12), ("fc", 1.0, "left alone", 7))
+        ctx.report(PassReport("tells", ("layer", "error", "why", "count"), rows, ("A remark.",)))
+        return False
+
+
+def test_what_passes_tell_is_part_of_the_report():
+    opt = graphopt.optimize(nn.Linear(3, 2), torch.randn(1, 3), passes=[Tells()])
+    for model in (opt, copy.deepcopy(opt)):
+        report = model.report()
+        (told,) = report.to_dict()["passes"]
+        assert told["rows"][1] == ("fc", 1.0, "left alone", 7)
+        assert "conv[0]" in str(report)
+        assert "A remark." in str(report)

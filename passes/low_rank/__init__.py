@@ -1,0 +1,1 @@
+"""Low-rank decomposition of convolutions, linear layers and embeddings."""

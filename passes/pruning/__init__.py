@@ -1,0 +1,1 @@
+"""Pruning: from single weights to whole channels."""

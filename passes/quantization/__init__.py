@@ -1,0 +1,1 @@
+"""Quantization: observers, schemes, and methods that keep the accuracy."""
