@@ -24,6 +24,10 @@ ITEM_BYTES = {
     "bool": 1,
 }
 """Bytes of one element in memory, by dtype name."""
+GROUP = 4
+"""Channels of a grouped layout that are together: as many as an instruction multiplies and adds."""
+PIXELS = 16
+"""Rows of pixels of a grouped layout are multiples of so many, which are a line of the cache."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,47 @@ class Layout:
     (0, 1, 2, 3) is NCHW and (0, 2, 3, 1) channels last. ``pitch`` is the distance in elements
     between neighbours along the second innermost dimension, where it is more than the innermost
     size (rows that start on 64-byte lines); 0 means dense.
+
+    With a ``group``, dimension 1 (channels) is cut into groups of so many, the last one padded,
+    whose members are the innermost dimension; the dimensions after it are one row of pixels, padded
+    to a multiple of `PIXELS` unless it is a single one. So integer kernels have it: see `grouped`.
     """
 
     dtype: str
     order: tuple[int, ...]
     pitch: int = 0
+    group: int = 1
 
     @staticmethod
     def plain(dtype: str, rank: int) -> Layout:
         """Contiguous, outermost dimension first."""
         return Layout(dtype, tuple(range(rank)))
 
+    @staticmethod
+    def grouped(dtype: str, rank: int) -> Layout:
+        """Memory of shape (N, ceil(C / 4), pixels, 4), in which a pixel's channels are a word."""
+        return Layout(dtype, tuple(range(rank)), group=GROUP)
+
+    def memory(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the memory of a tensor of that shape, outermost dimension first.
+
+        Raises ValueError for a layout whose rows have gaps.
+        """
+        if self.group > 1:
+            pixels = math.prod(shape[2:])
+            padded = pixels if pixels == 1 else math.ceil(pixels / PIXELS) * PIXELS
+            return (shape[0], math.ceil(shape[1] / self.group), padded, self.group)
+        if self.pitch:
+            raise ValueError("rows with gaps are no tensor")
+        return tuple(shape[dimension] for dimension in self.order)
+
     def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Elements between neighbours along each dimension of a tensor of that shape."""
+        """Elements between neighbours along each dimension of a tensor of that shape.
+
+        Raises ValueError for a grouped layout, which has no such distances.
+        """
+        if self.group > 1:
+            raise ValueError("the channels of a grouped layout are at no fixed distance")
         strides = [0] * len(shape)
         distance = 1
         for place, dimension in enumerate(reversed(self.order)):
@@ -60,6 +92,8 @@ class Layout:
         """Memory that a tensor of that shape spans."""
         if 0 in shape:
             return 0
+        if self.group > 1:
+            return math.prod(self.memory(shape)) * ITEM_BYTES[self.dtype]
         steps = zip(shape, self.strides(shape), strict=True)
         return (1 + sum((size - 1) * stride for size, stride in steps)) * ITEM_BYTES[self.dtype]
 
@@ -89,6 +123,16 @@ class Operand:
     def strides(self) -> tuple[int, ...]:
         """Elements between neighbours along each dimension."""
         return self.layout.strides(self.shape)
+
+    @staticmethod
+    def grouped(dtype: str, shape: tuple[int, ...]) -> Operand:
+        """An image whose channels lie in groups, see `Layout.grouped`."""
+        return Operand(tuple(shape), Layout.grouped(dtype, len(shape)))
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """The shape of its memory."""
+        return self.layout.memory(self.shape)
 
     @property
     def bytes(self) -> int:

@@ -29,7 +29,15 @@ from graphopt.kernels.registry import Entry
 
 SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 
-_HELPERS = ("register.py", "memory.py", "simd.py", "elementary.py", "panel.py", "tile.py")
+_HELPERS = (
+    "register.py",
+    "memory.py",
+    "simd.py",
+    "elementary.py",
+    "panel.py",
+    "tile.py",
+    "words.py",
+)
 """The modules whose content becomes part of every kernel."""
 
 _entries: dict[str, Entry] = {}

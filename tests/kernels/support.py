@@ -61,10 +61,12 @@ class GuardedBuffer:
         self.bytes = np.frombuffer(whole, np.uint8) if size else np.empty(0, np.uint8)
 
     def array(self, operand: Operand) -> np.ndarray:
-        """The buffer as the operand lies in it."""
+        """The buffer as the operand lies in it; one in groups as its memory is."""
         dtype = np.dtype(operand.dtype)
         if self.size == 0:
             return np.empty(operand.shape, dtype)
+        if operand.layout.group > 1:
+            return self.bytes.view(dtype).reshape(operand.memory)
         strides = [stride * dtype.itemsize for stride in operand.strides]
         flat = self.bytes.view(dtype)
         return np.lib.stride_tricks.as_strided(flat, operand.shape, strides)
@@ -143,7 +145,7 @@ def execute(
 
 
 def _filled(operand: Operand, array: np.ndarray, at_end: bool, offset: int) -> GuardedBuffer:
-    assert array.shape == operand.shape
+    assert array.shape == (operand.memory if operand.layout.group > 1 else operand.shape)
     assert array.dtype == np.dtype(operand.dtype)
     buffer = GuardedBuffer(operand.bytes, at_end, offset)
     buffer.array(operand)[...] = array
