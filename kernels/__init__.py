@@ -11,6 +11,8 @@ from graphopt.kernels import (
     direct_convolution,
     gather,
     integer_convolution,
+    integer_layout,
+    integer_windows,
     matmul,
     normalization,
     pointwise,
@@ -20,6 +22,7 @@ from graphopt.kernels import (
     sparse_convolution,
     sparse_matmul,
     sparse_vector,
+    winograd,
 )
 from graphopt.kernels.registry import candidates
 
@@ -32,6 +35,8 @@ __all__ = [
     "direct_convolution",
     "gather",
     "integer_convolution",
+    "integer_layout",
+    "integer_windows",
     "matmul",
     "normalization",
     "pointwise",
@@ -41,4 +46,5 @@ __all__ = [
     "sparse_convolution",
     "sparse_matmul",
     "sparse_vector",
+    "winograd",
 ]

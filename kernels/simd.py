@@ -89,6 +89,8 @@ __all__ = [
     "floor",
     "fma",
     "gather",
+    "interleave_high",
+    "interleave_low",
     "load",
     "load_even",
     "load_masked",
@@ -189,6 +191,20 @@ def truncate(a: Register) -> Register:
 def nearest(a: Register) -> Register:
     """Round to the nearest integer, halves to even."""
     return a.llvm("llvm.rint")
+
+
+@operation
+def interleave_low(a: Register, b: Register) -> Register:
+    """a[0], b[0], a[1], b[1], ... as far as they fit a vector."""
+    half, lanes = a.type.lanes // 2, a.type.lanes
+    return a.shuffle([lane for i in range(half) for lane in (i, lanes + i)], b)
+
+
+@operation
+def interleave_high(a: Register, b: Register) -> Register:
+    """What follows `interleave_low`."""
+    half, lanes = a.type.lanes // 2, a.type.lanes
+    return a.shuffle([lane for i in range(half, lanes) for lane in (i, lanes + i)], b)
 
 
 # Making, converting and combining vectors ------------------------------------------------------

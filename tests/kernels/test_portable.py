@@ -39,6 +39,7 @@ SELECTION = [
     "test_sparse_matmul.py::test_a_zero_weight_multiplies_nothing",
     "test_sparse_vector.py::test_one_row",
     "test_sparse_vector.py::test_a_zero_weight_multiplies_nothing",
+    "test_winograd.py::test_shapes",
 ]
 TARGETS = {
     "generic": (4, ""),

@@ -67,6 +67,20 @@ scatter(a1, -{3 * width}, gather(a0, {2 * width}, {kind}, mask), mask)
         assert not written[:-1][np.arange(3 * count - 3) % 3 != (3 * count - 3) % 3].any()
 
 
+def test_interleaving() -> None:
+    pairs = np.arange(2 * LANES, dtype=np.float32).reshape(LANES, 2)
+    even, _ = guarded(pairs[:, 0])
+    odd, _ = guarded(pairs[:, 1])
+    target, written = guarded(np.zeros(2 * LANES, np.float32))
+    body = """
+even, odd = load(a0, FLOAT32), load(a1, FLOAT32)
+store(a2, interleave_low(even, odd))
+store(a2 + 4 * LANES, interleave_high(even, odd))
+"""
+    run(body, even.address, odd.address, target.address)
+    np.testing.assert_array_equal(written, pairs.reshape(-1))
+
+
 def test_mask_first_clips_its_count() -> None:
     target, written = guarded(np.zeros((3, LANES), bool))
     body = """
