@@ -1,0 +1,197 @@
+"""How much of each layer is pruned, so that all together meet a budget.
+
+Sparsities are fractions of the weights that are not zero yet. A budget is an amount of cost that is
+to go: every weight costs one where weights are counted, or the multiply-adds that it takes part in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.errors import PassError
+from graphopt.passes.pruning.layers_to_prune import PrunableLayer
+
+MOST = 0.99
+"""No layer loses more than this, or the network would be cut in two."""
+LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.875, 0.925, 0.95, 0.97, MOST)
+"""Sparsities at which layers are tried where their sensitivity or time is measured."""
+GRID = 10_000
+"""Steps of cost that the dynamic programming tells apart."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A layer as the allocation sees it.
+
+    Attributes:
+        layer: whose it is.
+        remaining: how many of its weights are not zero yet.
+        cost: of one of its weights.
+    """
+
+    layer: PrunableLayer
+    remaining: int
+    cost: float
+
+    @property
+    def total(self) -> float:
+        return self.remaining * self.cost
+
+
+Sparsities = dict[PrunableLayer, float]
+
+
+def uniform(shares: Sequence[Share], removed: float) -> Sparsities:
+    """The same sparsity everywhere."""
+    sparsity = removed / max(sum(share.total for share in shares), 1e-30)
+    return {share.layer: sparsity for share in shares}
+
+
+def erdos_renyi(shares: Sequence[Share], removed: float) -> Sparsities:
+    """Densities proportional to the sum of a weight's sizes over their product (the Erdos-Renyi
+    kernel of Evci et al., Rigging the Lottery, 2020), as far as they stay below one."""
+    factors = []
+    for share in shares:
+        groups, outputs, inputs, taps = share.layer.taps(share.layer.weight.tensor).shape
+        kernel = share.layer.kernel
+        sizes = (groups * outputs, inputs, *kernel)
+        factors.append(sum(sizes) / (groups * outputs * inputs * taps))
+    totals = np.array([share.total for share in shares])
+    wanted, factor = totals.sum() - removed, np.array(factors)
+    low, high = 0.0, 1.0 / factor.min()
+    for _ in range(100):
+        scale = (low + high) / 2
+        kept = float((totals * _between(scale * factor)).sum())
+        low, high = (scale, high) if kept < wanted else (low, scale)
+    densities = _between(high * factor)
+    return {share.layer: 1 - float(d) for share, d in zip(shares, densities, strict=True)}
+
+
+def by_score(
+    shares: Sequence[Share],
+    removed: float,
+    scores: Mapping[PrunableLayer, tuple[Tensor, Tensor]],
+) -> Sparsities:
+    """The blocks of least score, relative to what they cost, wherever they are.
+
+    Args:
+        shares: the layers.
+        removed: cost to remove.
+        scores: per layer, the score of each block and how many weights it has, zero for blocks
+            that are zero already. A score counts for every weight of its block.
+    """
+    ratios, costs, owners = [], [], []
+    for place, share in enumerate(shares):
+        score, sizes = (part.flatten() for part in scores[share.layer])
+        alive = (sizes > 0) & (share.cost > 0)
+        order = score[alive].argsort(stable=True)
+        sorted_sizes = sizes[alive][order]
+        allowed = sorted_sizes.cumsum(0) <= MOST * float(sizes.sum())
+        ratios.append(score[alive][order][allowed].double() / max(share.cost, 1e-30))
+        costs.append(sorted_sizes[allowed] * share.cost)
+        owners.append(torch.full((int(allowed.sum()),), place))
+    ratio, cost, owner = torch.cat(ratios), torch.cat(costs), torch.cat(owners)
+    order = ratio.argsort(stable=True)
+    count = int(torch.searchsorted(cost[order].cumsum(0), torch.tensor(removed * (1 - 1e-9))))
+    chosen = order[: count + 1]
+    gone = torch.zeros(len(shares), dtype=torch.float64)
+    gone.index_add_(0, owner[chosen], cost[chosen])
+    return {
+        share.layer: float(g) / share.total if share.total else 0.0
+        for share, g in zip(shares, gone, strict=True)
+    }
+
+
+def by_sensitivity(
+    shares: Sequence[Share],
+    removed: float,
+    levels: Sequence[float],
+    errors: Mapping[PrunableLayer, Sequence[float]],
+    *,
+    continuous: bool = True,
+) -> Sparsities:
+    """The levels with the least sum of errors that meet the budget.
+
+    Args:
+        shares: the layers.
+        removed: cost to remove.
+        levels: sparsities, ascending from 0.
+        errors: per layer, the error at each level.
+        continuous: whether sparsities between levels are possible: then what the levels remove
+            too much is given back.
+    """
+    costs = [[share.total * (1 - level) for level in levels] for share in shares]
+    budget = sum(share.total for share in shares) - removed
+    places = choose_levels([errors[share.layer] for share in shares], costs, budget)
+    result = {share.layer: levels[place] for share, place in zip(shares, places, strict=True)}
+    if continuous:
+        _give_back(result, shares, levels, places, errors, budget)
+    return result
+
+
+def _give_back(
+    result: Sparsities,
+    shares: Sequence[Share],
+    levels: Sequence[float],
+    places: Sequence[int],
+    errors: Mapping[PrunableLayer, Sequence[float]],
+    budget: float,
+) -> None:
+    """Lower sparsities, where that helps most, until the budget is used up."""
+    slack = budget - sum(share.total * (1 - result[share.layer]) for share in shares)
+
+    def slope(item: tuple[Share, int]) -> float:
+        share, place = item
+        own = errors[share.layer]
+        gain = own[place] - own[place - 1]
+        return -gain / (share.total * (levels[place] - levels[place - 1]))
+
+    able = [(s, p) for s, p in zip(shares, places, strict=True) if p > 0 and s.total > 0]
+    for share, place in sorted(able, key=slope):
+        step = min(slack, share.total * (levels[place] - levels[place - 1]))
+        result[share.layer] -= step / share.total
+        slack -= step
+
+
+def choose_levels(
+    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float
+) -> list[int]:
+    """One level per layer, with the least sum of errors and a sum of costs within the budget: a
+    knapsack of several choices, solved by dynamic programming over a grid of costs.
+
+    Costs are rounded up to the grid, so the budget is kept.
+
+    Raises:
+        PassError: even the cheapest levels cost more.
+    """
+    least = sum(min(own) for own in costs)
+    if least > budget * (1 + 1e-9):
+        raise PassError(f"the budget of {budget:g} is below the least possible cost of {least:g}")
+    free = max(budget - least, 0.0)
+    step = free / GRID if free > 0 else 1.0
+    best = np.zeros(GRID + 1)
+    chosen: list[np.ndarray] = []
+    for own_errors, own_costs in zip(errors, costs, strict=True):
+        base = min(own_costs)
+        table = np.full((len(own_costs), GRID + 1), np.inf)
+        for level, (error, cost) in enumerate(zip(own_errors, own_costs, strict=True)):
+            steps = int(np.ceil((cost - base) / step - 1e-9))
+            if steps <= GRID:
+                table[level, steps:] = best[: GRID + 1 - steps] + error
+        chosen.append(table.argmin(axis=0))
+        best = table.min(axis=0)
+    places, left = [], GRID
+    for choice, own_costs in zip(reversed(chosen), reversed(costs), strict=True):
+        level = int(choice[left])
+        places.append(level)
+        left -= int(np.ceil((own_costs[level] - min(own_costs)) / step - 1e-9))
+    return places[::-1]
+
+
+def _between(densities: np.ndarray) -> np.ndarray:
+    return np.clip(densities, 1 - MOST, 1.0)
