@@ -299,7 +299,8 @@ def _cycles(image: IntegerImage, tile: TileShape, cut: _Blocking, threads: int) 
     whole, rest = divmod(vectors, tile.width)
     copy = 0.0
     if not image.is_direct:
-        copy = vectors * image.depth * 2 * (1 + min(LANES, image.pixels) / image.out_size[1])
+        pieces = vectors * (1 + min(LANES, image.pixels) / image.out_size[1])
+        copy = pieces * image.taps * (8 + 2 * image.words)
     panel = _panel_bytes(image, tile)
     # A panel that does not stay in the first cache is read at half a line per cycle.
     load = 1.0 if panel <= _FIRST_CACHE else 2.0

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from graphopt.kernels.problem import ConstantOperand, Layout, Operand, Problem
+from graphopt.kernels.problem import GROUP, ConstantOperand, Layout, Operand, Problem
 
 NUMBERS = (
     "x_zero_point",
@@ -83,6 +83,144 @@ class IntegerConvolutionProblem(Problem):
             raise ValueError(f"the layouts are {x.layout} and {y.layout}")
         if residual and (residual[0] != y or y.layout != grouped):
             raise ValueError(f"the residual is {residual[0]}, the output {y}")
+        if not (
+            _constant(weight, "int8", weight.shape)
+            and _constant(multiplier, "float32", (outputs,))
+            and _constant(bias, "int32", (outputs,))
+            and _constant(numbers, "float32", (len(NUMBERS),))
+        ):
+            raise ValueError("the weight, or what finishes the sums, is no constant of its dtype")
+
+
+@dataclass(frozen=True)
+class QuantizeProblem(Problem):
+    """A float32 image becomes bytes: ``clamp(round_half_even(x / scale) + zero_point, low, high)``.
+
+    Inputs are x (N, C, *), plain float32, and the constant parameters (4,), float32: scale, zero
+    point, low, high. The output is grouped uint8. NaN becomes ``low``.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+    @property
+    def flops(self) -> int:
+        return 5 * self.outputs[0].size
+
+
+@dataclass(frozen=True)
+class DequantizeProblem(Problem):
+    """Bytes become a float32 image: ``(x - zero_point) * scale``.
+
+    Inputs are x (N, C, *), grouped uint8, and the constant parameters (2,), float32: scale, zero
+    point. The output is plain float32.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.outputs[0].size
+
+
+@dataclass(frozen=True)
+class IntegerSumProblem(Problem):
+    """Images of one shape, or images side by side in their channels, with another scale.
+
+    Inputs are images, grouped uint8, and the constant parameters, float32: y's zero point, low,
+    high, and for each image its zero point and its multiplier. If not ``concatenates``, the one or
+    two images are added: ``t`` is the sum, from left to right, of ``float32(x - zero_point) *
+    multiplier``. Otherwise every image becomes the ``t`` of its channels, which are multiples of
+    four for all but the last. The output is grouped uint8.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    concatenates: bool = False
+
+    @property
+    def images(self) -> tuple[Operand, ...]:
+        return self.inputs[:-1]
+
+    @property
+    def flops(self) -> int:
+        return (3 + 3 * len(self.images)) * self.outputs[0].size
+
+    def check(self) -> None:
+        """Raise ValueError where the operands do not belong together."""
+        (y,) = self.outputs
+        shapes = [image.shape for image in self.images]
+        parameters = (3 + 2 * len(shapes),)
+        if not _constant(self.inputs[-1], "float32", parameters):
+            raise ValueError(f"the parameters are {self.inputs[-1]}, not of shape {parameters}")
+        if any(
+            operand.layout != Layout.grouped("uint8", len(y.shape)) for operand in (*self.images, y)
+        ):
+            raise ValueError("the images are not all grouped uint8")
+        if self.concatenates:
+            channels = sum(shape[1] for shape in shapes)
+            rests = {(shape[0], *shape[2:]) for shape in shapes}
+            whole = all(shape[1] % GROUP == 0 for shape in shapes[:-1])
+            if not whole or rests != {(y.shape[0], *y.shape[2:])} or channels != y.shape[1]:
+                raise ValueError(f"{shapes} do not lie side by side in {y.shape}")
+        elif set(shapes) != {y.shape} or len(shapes) > 2:
+            raise ValueError(f"{shapes} do not add up to {y.shape}")
+
+
+@dataclass(frozen=True)
+class IntegerPoolingProblem(Problem):
+    """The largest byte, or the average, of each window of an image.
+
+    Inputs are x (N, C, H, W), grouped uint8, and for an average the constants multiplier (C,), bias
+    (C,) and numbers as a convolution has them, whose weights are one; the output is grouped uint8.
+    A maximum keeps the scale; its padding is never the largest. Windows may reach beyond the
+    padding, where there is nothing, for a maximum. An average is padded with the zero point.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def averages(self) -> bool:
+        return len(self.inputs) > 1
+
+    @property
+    def flops(self) -> int:
+        return self.outputs[0].size * (math.prod(self.kernel) + 4)
+
+
+@dataclass(frozen=True)
+class IntegerMatmulProblem(Problem):
+    """A linear layer of uint8 rows with an int8 weight.
+
+    Inputs are x (*, K), plain uint8; the constants weight (N, K), int8, multiplier (N,), float32,
+    bias (N,), int32, and numbers, see `NUMBERS`. The output (*, N) is plain uint8 or float32.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+    @property
+    def flops(self) -> int:
+        return self.outputs[0].size * (2 * self.inputs[1].shape[1] + 4)
+
+    def check(self) -> None:
+        """Raise ValueError where the operands do not belong together."""
+        x, weight, multiplier, bias, numbers = self.inputs
+        (y,) = self.outputs
+        outputs, depth = weight.shape
+        if x.shape[-1] != depth or y.shape != (*x.shape[:-1], outputs):
+            raise ValueError(f"{x.shape} times {weight.shape} is not {y.shape}")
+        if x != Operand.plain("uint8", x.shape) or y.layout not in (
+            Layout.plain("uint8", len(y.shape)),
+            Layout.plain("float32", len(y.shape)),
+        ):
+            raise ValueError(f"the operands are {x} and {y}")
         if not (
             _constant(weight, "int8", weight.shape)
             and _constant(multiplier, "float32", (outputs,))
