@@ -32,6 +32,7 @@ def pack_numbers(numbers: np.ndarray) -> np.ndarray:
     packed[...] = 0
     packed[0] = int(named["x_zero_point"]) * WORD
     packed[3] = offset % 2**32
+    packed[6] = (zero_point - ROUNDING_BITS) % 2**32
     floats = packed.view(np.float32)
     floats[1] = named["low"] - zero_point
     floats[2] = named["high"] - zero_point

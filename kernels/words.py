@@ -16,6 +16,7 @@ from graphopt.kernels.register import (
     FEATURES,
     INT32,
     LANES,
+    UINT8,
     Register,
     Vector,
     call,
@@ -28,6 +29,7 @@ load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
 mask_between: Any = simd.mask_between
 mask_first: Any = simd.mask_first
+read: Any = memory.read
 select: Any = simd.select
 store: Any = memory.store
 store_masked: Any = memory.store_masked
@@ -127,6 +129,18 @@ def unsigned_byte(words: Register, byte: Register) -> Register:
     """Byte number ``byte`` of each word, from 0 to 255."""
     shifted = words.reinterpret(types.uint32) >> (byte.reinterpret(types.uint32) * 8)
     return (shifted & 255).reinterpret(types.int32)
+
+
+@inlined
+def last_word(place: int, stop: int) -> int:
+    """The bytes from ``place`` to ``stop``, at most three, as the low ones of a word."""
+    word = 0
+    shift = 0
+    while place < stop:
+        word += int(read(place, UINT8)) << shift
+        shift += 8
+        place += 1
+    return word
 
 
 @inlined
@@ -288,6 +302,7 @@ def pad_words(
 __all__ = [
     "byte_maximum",
     "dot",
+    "last_word",
     "pack_words",
     "pad_words",
     "rounded_bits",
