@@ -149,13 +149,13 @@ def find_groups(graph: Graph, *, heads: bool = False) -> tuple[list[ChannelGroup
         reason = _why_not(coupling, components, alike, heads)
         if reason is not None:
             key = maker.name, reason
-            protected[key] = protected.get(key, 0) + len(maker.channels)
+            protected[key] = protected.get(key, 0) + maker.count
         else:
             found.append((maker, alike, members))
     names = _distinct([maker for maker, _, _ in found])
     groups = [
         ChannelGroup(
-            *(name, len(alike), len(maker.channels) // len(alike), members, heads),
+            *(name, len(alike), maker.count // len(alike), members, heads),
             structure=structure,
             components=alike,
         )
@@ -204,12 +204,19 @@ def _alike(coupling: Coupling, components: Components) -> Iterator[Channels]:
 
 @dataclass(frozen=True)
 class _Maker:
-    """The layer that makes channels: its module path, its place in the graph, and which of its
-    channels they are."""
+    """The layer that makes channels.
+
+    Attributes:
+        name: its module path.
+        place: in the graph.
+        channels: which slices of its weight they are.
+        count: how many of its channels.
+    """
 
     name: str
     place: int
     channels: Channels
+    count: int
 
 
 class _Catalogue:
@@ -242,8 +249,14 @@ class _Catalogue:
                     *(tuple(uses(source.constant)), bool(made_by)),
                 )
             )
-            makers += [_Maker(_path(n), self._places[n], np.sort(slices)) for n in made_by]
+            makers += [self._maker(node, np.sort(slices)) for node in made_by]
         return tuple(members), min(makers, key=lambda maker: maker.place, default=None)
+
+    def _maker(self, node: Node, slices: Channels) -> _Maker:
+        transposed = node.op in TRANSPOSED_CONVOLUTIONS or node.operands.get("transposed")
+        in_each_group = node["groups"] if transposed else 1  # a slice is a channel of each
+        path = node.origin.module or node.name
+        return _Maker(path, self._places[node], slices, len(slices) * in_each_group)
 
 
 def uses(constant: Value) -> Iterator[tuple[Node, str]]:
@@ -271,10 +284,6 @@ def _makes(node: Node, operand: str, source: Source) -> bool:
     if node.op == "aten.convolution":
         return (operand, source.dimension) == ("weight", int(node["transposed"]))
     return _OUTPUT_DIMENSIONS.get(node.op) == (operand, source.dimension)
-
-
-def _path(node: Node) -> str:
-    return node.origin.module or node.name
 
 
 def _distinct(makers: list[_Maker]) -> list[str]:

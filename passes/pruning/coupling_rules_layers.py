@@ -90,12 +90,13 @@ def _grouped(
     place_of_input = np.arange(len(given)) % wide
     high = len(rows) // groups
     key = f"{node.name}: groups"
-    whole = c.choose(key, 2) == int(wide > groups)
+    ways = 1 if wide == high == 1 else 2
+    whole = c.choose(key, ways) == int(wide > groups)
     if whole:
         c.pin(second, f"{describe(node)} loses whole groups")
         one = c.tie_all(given, group_of_input)
         c.tie_channels(c.tie_all(rows, np.arange(len(rows)) // high), one)
-        c.decided(key, 2, one)
+        c.decided(key, ways, one)
         out = len(columns) if transposed else high
         return Axis((1,) * c.assignments, one, (out,) * c.assignments)
     inputs = c.tie_all(given, place_of_input)
@@ -103,11 +104,11 @@ def _grouped(
     if transposed:
         c.tie_channels(given, rows)
         outputs = np.tile(columns, groups)
-        c.decided(key, 2, np.concatenate([inputs, columns]))
+        c.decided(key, ways, np.concatenate([inputs, columns]))
     else:
         c.tie_channels(inputs, columns)
         outputs = np.tile(across, groups)
-        c.decided(key, 2, np.concatenate([inputs, across]))
+        c.decided(key, ways, np.concatenate([inputs, across]))
     return c.row(outputs)
 
 

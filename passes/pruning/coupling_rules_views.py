@@ -287,6 +287,17 @@ def _pixel_shuffle(c: Coupling, node: Node) -> list[Axes]:
     return [(*axes[:-3], channels, *fixed[-2:])]
 
 
+def _channel_shuffle(c: Coupling, node: Node) -> list[Axes]:
+    """[groups, C / groups] -> [C / groups, groups]: the same places of all groups go together."""
+    axes = c.axes[node["self"]]
+    flat, groups = axes[1].flat(), node["groups"]
+    if flat is None:
+        c.pin(axes[1], f"{describe(node)} shuffles a size that is free")
+        return [c.all_fixed(node.output, f"{describe(node)} shuffles a size that is free")]
+    places = c.tie_all(flat, np.arange(len(flat)) % (len(flat) // groups))
+    return [(axes[0], Axis((1,) * c.assignments, places, (groups,) * c.assignments), *axes[2:])]
+
+
 def _pixel_unshuffle(c: Coupling, node: Node) -> list[Axes]:
     axes, out = c.axes[node["self"]], node.output
     reason = f"{describe(node)} rearranges images"
@@ -338,6 +349,8 @@ VIEW_RULES: dict[str, Rule] = {
     "aten.unbind.int": _unbind,
     "aten.index_select": _index_select,
     "aten.index.Tensor": _index,
+    "aten.channel_shuffle": _channel_shuffle,
+    "aten.native_channel_shuffle": _channel_shuffle,
     "aten.pixel_shuffle": _pixel_shuffle,
     "aten.pixel_unshuffle": _pixel_unshuffle,
     "aten.im2col": _im2col,
