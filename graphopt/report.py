@@ -79,23 +79,44 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that running a plan takes beside the graph's own constants.
+
+    Attributes:
+        arena: intermediate results and kernels' working memory; each concurrent call has its own.
+        arena_lower_bound: the most that lives at one time, without which no arena can do.
+        packed: constants rearranged for the kernels, shared by all calls.
+    """
+
+    arena: int
+    arena_lower_bound: int
+    packed: int
+
+
+@dataclass(frozen=True)
 class Report:
-    """Layers of an optimized network, with totals before and after; prints as a table."""
+    """Layers of an optimized network, with totals before and after; prints as a table.
+
+    ``memory`` is None where no plan was given.
+    """
 
     layers: tuple[Layer, ...]
     before: Totals
     totals: Totals
     passes: tuple[PassReport, ...] = ()
+    memory: Memory | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """``layers`` (a list of dicts with the fields of `Layer`), ``totals`` of the optimized
-        network and ``before``, those of its source (dicts with the fields of `Totals`), and
-        ``passes``, what these told (a list of dicts with the fields of `PassReport`)."""
+        network and ``before``, those of its source (dicts with the fields of `Totals`),
+        ``passes``, what these told (a list of dicts with the fields of `PassReport`), and
+        ``memory`` (a dict with the fields of `Memory`, or None)."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "totals": asdict(self.totals),
             "before": asdict(self.before),
             "passes": [told.to_dict() for told in self.passes],
+            "memory": None if self.memory is None else asdict(self.memory),
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -113,6 +134,12 @@ class Report:
             table.add_row(*_row(layer))
         yield table
         yield f"constants: {_bytes(self.before.bytes)} before, {_bytes(self.totals.bytes)} after"
+        if self.memory is not None:
+            yield (
+                f"memory of a call: {_bytes(self.memory.arena)} (at least "
+                f"{_bytes(self.memory.arena_lower_bound)} live at one time); constants packed for "
+                f"kernels: {_bytes(self.memory.packed)}"
+            )
         yield from self.passes
 
     def __str__(self) -> str:
@@ -149,7 +176,9 @@ def build_report(
     free = [_layer((node,)) for node in after.nodes if node not in covered]
     layers += [layer for layer in free if layer.macs]
     time_ms = sum(layer.time_ms or 0.0 for layer in layers)
-    return Report(tuple(layers), totals(before), totals(after, time_ms), passes)
+    packed = sum(array.nbytes for arrays in plan.packed.values() for array in arrays)
+    memory = Memory(plan.run.arena_bytes, plan.run.arena_lower_bound, packed)
+    return Report(tuple(layers), totals(before), totals(after, time_ms), passes, memory)
 
 
 def totals(graph: Graph, time_ms: float | None = None) -> Totals:

@@ -197,6 +197,19 @@ class Tells:
         return False
 
 
+def test_memory_of_a_plan_is_reported():
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 48), nn.ReLU())
+    model.append(nn.Linear(48, 2))
+    report = graphopt.optimize(model, torch.randn(7, 64)).report()
+    memory = report.memory
+    assert memory is not None
+    live = 4 * 7 * (32 + 48)
+    assert live <= memory.arena_lower_bound <= memory.arena <= live + 1024
+    assert memory.packed >= 4 * (64 * 32 + 32 * 48 + 48 * 2)
+    assert report.to_dict()["memory"]["arena"] == memory.arena
+    assert "memory of a call" in str(report)
+
+
 def test_what_passes_tell_is_part_of_the_report():
     opt = graphopt.optimize(nn.Linear(3, 2), torch.randn(1, 3), passes=[Tells()])
     for model in (opt, copy.deepcopy(opt)):

@@ -10,6 +10,8 @@ from agreement import tensors
 from zoo import NETWORKS, Network, ci_networks
 from zoo_check import Subject
 
+from graphopt.engine import compile_graph
+
 
 def test_the_zoo_is_large_and_the_dozen_is_varied() -> None:
     assert len(NETWORKS) >= 62
@@ -67,6 +69,12 @@ def test_exact_passes_keep_the_numbers(subject: Subject) -> None:
 def test_engine_gives_the_models_numbers(subject: Subject) -> None:
     for truth, error in zip(subject.truths, subject.engine_errors(), strict=True):
         assert error <= truth.allowed
+
+
+@pytest.mark.slow
+def test_the_arena_is_hardly_larger_than_what_lives_at_one_time(subject: Subject) -> None:
+    plan = compile_graph(subject.optimized.graph, threads=2).run
+    assert 0 < plan.arena_lower_bound <= plan.arena_bytes <= 1.1 * plan.arena_lower_bound
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
 """The memory plan: offsets in one arena for buffers that live for a part of the program.
 
-Greedy by size, after Pisarchyk and Lee, "Efficient memory management for deep neural net
-inference" (2020): largest buffer first, each into the smallest gap that fits among those already
-placed that live at the same time.
+Greedy, after Pisarchyk and Lee, "Efficient memory management for deep neural net inference"
+(2020): largest buffer first, each into the smallest gap that fits among those already placed that
+live at the same time. Where that leaves gaps at the fullest step, other orders are tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,11 @@ class Lifetime:
     size: int
     first: int
     last: int
+
+    @property
+    def steps(self) -> int:
+        """How many steps it lives for."""
+        return self.last - self.first + 1
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,12 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
     for index, lifetime in enumerate(lifetimes):
         if lifetime.size < 0 or lifetime.first > lifetime.last:
             raise ValueError(f"buffer {index} has no valid size and lifetime: {lifetime}")
-    offsets = _greedy_by_size(lifetimes)
-    size = max((o + _footprint(b) for o, b in zip(offsets, lifetimes, strict=True)), default=0)
-    plan = MemoryPlan(tuple(offsets), size, _largest_live_set(lifetimes))
+    least = _largest_live_set(lifetimes)
+    offsets, size = _greedy(lifetimes, _ORDERS[0])
+    for order in _ORDERS[1:]:
+        if size > least:
+            offsets, size = min((offsets, size), _greedy(lifetimes, order), key=lambda it: it[1])
+    plan = MemoryPlan(tuple(offsets), size, least)
     verify_plan(lifetimes, plan)
     return plan
 
@@ -97,12 +105,23 @@ def _footprint(lifetime: Lifetime) -> int:
     return -(-(lifetime.size + SLACK) // ALIGNMENT) * ALIGNMENT
 
 
-def _greedy_by_size(lifetimes: Sequence[Lifetime]) -> list[int]:
+_ORDERS: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
+    lambda buffer: (_footprint(buffer),),
+    lambda buffer: (_footprint(buffer) * buffer.steps,),
+    lambda buffer: (buffer.steps, _footprint(buffer)),
+)
+"""What buffers are placed by, the greatest first."""
+
+
+def _greedy(
+    lifetimes: Sequence[Lifetime], order: Callable[[Lifetime], tuple[int, ...]]
+) -> tuple[list[int], int]:
+    """Offsets, and the size of the arena."""
     footprints = [_footprint(lifetime) for lifetime in lifetimes]
     offsets = [0] * len(lifetimes)
     # What was placed, sorted by offset: one row (begin, end, first, last) per buffer.
     placed = np.empty((0, 4), dtype=np.int64)
-    for index in sorted(range(len(lifetimes)), key=lambda i: (-footprints[i], i)):
+    for index in sorted(range(len(lifetimes)), key=lambda i: order(lifetimes[i]), reverse=True):
         need, lifetime = footprints[index], lifetimes[index]
         if need == 0:
             continue
@@ -112,7 +131,7 @@ def _greedy_by_size(lifetimes: Sequence[Lifetime]) -> list[int]:
         position = int(np.searchsorted(placed[:, 0], offset))
         row = (offset, offset + need, lifetime.first, lifetime.last)
         placed = np.insert(placed, position, row, axis=0)
-    return offsets
+    return offsets, int(placed[:, 1].max(initial=0))
 
 
 def _best_gap(begins: np.ndarray, ends: np.ndarray, need: int) -> int:

@@ -78,6 +78,13 @@ def test_best_gap_is_the_smallest_that_fits() -> None:
     assert plan.size == plan.lower_bound
 
 
+def test_other_orders_where_the_largest_first_leaves_gaps() -> None:
+    # The largest at the bottom would push the last, which outlives the others, above a gap.
+    buffers = [Lifetime(200, 0, 0), Lifetime(100, 0, 1), Lifetime(300, 2, 5), Lifetime(100, 1, 3)]
+    plan = plan_memory(buffers)
+    assert plan.size == plan.lower_bound
+
+
 def test_empty_buffers_take_nothing() -> None:
     assert plan_memory([]).size == 0
     assert plan_memory([Lifetime(0, 0, 5)]) == MemoryPlan((0,), 0, 0)
