@@ -119,6 +119,6 @@ def test_verifier_wants_alignment_and_the_arena() -> None:
 
 
 def test_planted_overlap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "_greedy_by_size", lambda buffers: [0] * len(buffers))
+    monkeypatch.setattr(planner, "_greedy", lambda buffers, order: ([0] * len(buffers), 2**20))
     with pytest.raises(RuntimeError, match="buffers 0 and 1 overlap"):
         plan_memory([Lifetime(64, 0, 1), Lifetime(64, 1, 2)])

@@ -467,7 +467,7 @@ def test_arena_memory_is_used_again_and_planted_overlap_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert chain(1000, 40, 1).arena_bytes == 2 * 4096
-    monkeypatch.setattr(planner, "_greedy_by_size", lambda buffers: [0] * len(buffers))
+    monkeypatch.setattr(planner, "_greedy", lambda buffers, order: ([0] * len(buffers), 2**20))
     with pytest.raises(RuntimeError, match="overlap"):
         chain(1000, 40, 1)
 
