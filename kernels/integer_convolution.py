@@ -103,9 +103,9 @@ class IntegerImage:
         own = weight.reshape(self.groups, self.merged, outputs, channels, self.taps)
         for part in range(self.merged):
             whole[:, part, :, part] = own[:, part]
-        whole = whole.reshape(self.groups, self.outputs, self.channels, self.taps)
+        rows = whole.reshape(self.groups, self.outputs, self.channels, self.taps)
         padded = np.zeros((self.groups, self.outputs, self.taps, self.words * GROUP), np.int8)
-        padded[..., : self.channels] = whole.swapaxes(2, 3)
+        padded[..., : self.channels] = rows.swapaxes(2, 3)
         return padded.reshape(*padded.shape[:3], self.words, GROUP)
 
 

@@ -107,6 +107,33 @@ def _convolution(scope: Scope, node: Node) -> Layer | None:
     x, weight, bias = node["input"], node["weight"], node["bias"]
     if not scope.all_float32(x, weight, bias) or not weight.is_constant:
         return None
+    geometry = convolution_geometry(scope, node)
+    if geometry is None:
+        return None
+    operands = (scope.operand(geometry.x), scope.operand(weight))
+    result = scope.operand(node.output)
+    shape = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+
+    def make(epilogue: Expression | None, extra: tuple[Operand, ...]) -> Problem | None:
+        return ConvolutionProblem((*operands, *extra), (result,), *shape, epilogue)
+
+    return Layer(scope, node.output, (geometry.x, weight), make, bias, takes_epilogue=True)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution passes over ``x``; padding is before and after each dimension."""
+
+    x: Value
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def convolution_geometry(scope: Scope, node: Node) -> Geometry | None:
+    """That of a convolution, which pads as zeros around its input do; None if it is transposed."""
+    x, weight = node["input"], node["weight"]
     spatial = len(scope.shape(weight)) - 2
     if len(scope.shape(x)) != spatial + 2:
         return None
@@ -124,14 +151,7 @@ def _convolution(scope: Scope, node: Node) -> Layer | None:
             (before + own_before, after + own_after)
             for (before, after), (own_before, own_after) in zip(padding, zeros[2:], strict=True)
         )
-    operands = (scope.operand(x), scope.operand(weight))
-    result = scope.operand(node.output)
-
-    def make(epilogue: Expression | None, extra: tuple[Operand, ...]) -> Problem | None:
-        inputs = (*operands, *extra)
-        return ConvolutionProblem(inputs, (result,), stride, padding, dilation, groups, epilogue)
-
-    return Layer(scope, node.output, (x, weight), make, bias, takes_epilogue=True)
+    return Geometry(x, stride, padding, dilation, groups)
 
 
 def per_dimension(scope: Scope, given: Any, count: int) -> tuple[int, ...]:

@@ -19,10 +19,11 @@ from graphopt.engine import (  # noqa: F401 (they register their rules)
     pooling_rules,
 )
 from graphopt.engine.gather_rules import lower_gather
+from graphopt.engine.integer_rules import integer_units
 from graphopt.engine.layer_rules import LAYERS, Layer
 from graphopt.engine.pointwise_rules import Draft, assemble, instructions
 from graphopt.engine.view_rules import lower_copy, lower_view
-from graphopt.engine.work import KernelWork, Scope, Work, call_back
+from graphopt.engine.work import Derived, KernelWork, Scope, Work, call_back
 from graphopt.ir import Graph, Node, Type, Value
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.problem import PointwiseProblem, Problem
@@ -71,15 +72,23 @@ def lower(graph: Graph, types: Mapping[Value, Type]) -> list[Work]:
     """
     scope = Scope(graph, dict(types))
     units = _fuse(scope, _units(scope))
+    # Complete units need not read what their nodes do: integer kernels read bytes, not floats.
+    read = _read(units)
+    done = {node for unit in units if unit.works for node in unit.nodes}
     works: list[Work] = []
     for unit in _ordered(units):
-        works += _finish(scope, unit)
+        works += _finish(scope, unit, read, done)
     return _needed(graph, works)
+
+
+def _read(units: Iterable[Unit]) -> set[Value | Derived]:
+    """What complete units read."""
+    return {value for unit in units for work in unit.works for value in work.inputs}
 
 
 def _needed(graph: Graph, works: list[Work]) -> list[Work]:
     """The works whose results something reads: a permutation's may lie in its source already."""
-    wanted = {output for output in graph.outputs if isinstance(output, Value)}
+    wanted: set[Value | Derived] = {v for v in graph.outputs if isinstance(v, Value)}
     kept = []
     for work in reversed(works):
         if not wanted.isdisjoint(work.outputs):
@@ -89,8 +98,11 @@ def _needed(graph: Graph, works: list[Work]) -> list[Work]:
 
 
 def _units(scope: Scope) -> list[Unit]:
-    units = []
+    units = [Unit(list(unit.nodes), list(unit.works)) for unit in integer_units(scope)]
+    claimed = {node for unit in units for node in unit.nodes}
     for node in scope.graph.nodes:
+        if node in claimed:
+            continue
         if node.operator.is_size_arithmetic or not any(map(scope.is_tensor, node.outputs)):
             continue
         units.append(_unit(scope, node))
@@ -125,7 +137,8 @@ class _Fusion:
         self.scope = scope
         self.units = list(units)
         self.home = {node: unit for unit in self.units for node in unit.nodes}
-        self.outputs = {output for output in scope.graph.outputs if isinstance(output, Value)}
+        self.kept = _read(self.units)
+        self.kept.update(output for output in scope.graph.outputs if isinstance(output, Value))
 
     def of(self, value: Value) -> Unit | None:
         return self.home.get(value.producer) if value.producer is not None else None
@@ -141,9 +154,7 @@ class _Fusion:
 
     def is_private(self, value: Value, user: Unit) -> bool:
         """Whether nobody but a unit needs a value."""
-        return value not in self.outputs and all(
-            self.home.get(node) is user for node in value.users
-        )
+        return value not in self.kept and all(self.home.get(node) is user for node in value.users)
 
     def between(self, early: Unit, late: Unit) -> bool:
         """Whether something outside of two units depends on the one and is needed by the other."""
@@ -234,18 +245,18 @@ def _fits(fusion: _Fusion, a: Unit, b: Unit) -> bool:
 # -- finishing -----------------------------------------------------------------------------------
 
 
-def _finish(scope: Scope, unit: Unit) -> list[Work]:
+def _finish(scope: Scope, unit: Unit, read: set[Value | Derived], done: set[Node]) -> list[Work]:
+    """A unit's works; ``read`` is what complete units read, which have the nodes ``done``."""
     if unit.layer is not None:
         return [_finish_layer(scope, unit, unit.layer)]
     if not unit.drafts:
         return unit.works
-    inside = set(unit.nodes)
     returned = {output for output in scope.graph.outputs if isinstance(output, Value)}
     results: list[Value | str] = [
         value
         for node in unit.nodes
         for value in node.outputs
-        if value in returned or any(user not in inside for user in value.users)
+        if value in returned or value in read or not done.union(unit.nodes).issuperset(value.users)
     ]
     if not results:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from graphopt.engine.builder import ProgramBuilder
 from graphopt.engine.lowering import lower
 from graphopt.engine.program import Program
 from graphopt.engine.selection import Selection
-from graphopt.engine.work import AliasWork, CallBackWork, KernelWork, Work
+from graphopt.engine.work import AliasWork, CallBackWork, Derived, KernelWork, Work
 from graphopt.errors import Error
 from graphopt.ir import Graph, Node, ScalarType, TensorType, Value
 from graphopt.kernels.registry import Candidate
@@ -168,8 +169,14 @@ class _Writer:
     def declare(self, work: Work, value: Value, kind: TensorType) -> None:
         if isinstance(work, AliasWork):
             self.builder.add_alias(value, work.of, kind.shape, kind.dtype, work.offset)
-        else:
-            self.builder.add_buffer(value, kind.shape, kind.dtype)
+            return
+        shape = kind.shape
+        if isinstance(work, KernelWork):
+            operand = work.problem.outputs[work.outputs.index(value)]
+            grouped = operand.layout.group > 1
+            if grouped and math.prod(operand.memory) != math.prod(shape):
+                shape = operand.memory
+        self.builder.add_buffer(value, shape, kind.dtype)
 
     def add(self, work: Work) -> None:
         if isinstance(work, KernelWork):
@@ -189,6 +196,9 @@ class _Writer:
         # Another size of the same graph takes the kernels that were chosen for the first.
         prefer = self.chosen_before.get(work.nodes)
         chosen = selecting.choose(work.problem, arrays, self.threads, self.selection, prefer)
+        for value in work.inputs:
+            if isinstance(value, Derived):
+                self.builder.add_constant(value, value.constant)
         outputs: tuple[Any, ...] = work.outputs
         if work.check is not None:
             note = work.problem.outputs[-1]
@@ -222,7 +232,7 @@ class _Writer:
         return packed
 
 
-def _array(value: Value) -> np.ndarray | None:
+def _array(value: Value | Derived) -> np.ndarray | None:
     if value.constant is None:
         return None
     array: np.ndarray = value.constant.detach().contiguous().numpy()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from graphopt.engine.quantization import DEQUANTIZE, QUANTIZE, scheme
 from graphopt.engine.work import Scope, dtype_name
 from graphopt.ir import Node, Value
 from graphopt.kernels.elementwise import RULES
@@ -27,6 +28,8 @@ def instructions(scope: Scope, node: Node) -> list[tuple[Value | str, Draft]] | 
 
     None if the node is not elementwise, or has no exact kernel.
     """
+    if node.op in (QUANTIZE, DEQUANTIZE):
+        return _between_scales(scope, node)
     base = node.op.split(".")[1]
     if not node.op.startswith("aten.") or base not in RULES or node.op in _OTHER_MEANINGS:
         return None
@@ -45,6 +48,35 @@ def instructions(scope: Scope, node: Node) -> list[tuple[Value | str, Draft]] | 
     if base in _COMPARISONS:
         operands = _promoted(scope, node, operands, drafts)
     drafts.append((node.output, (base, tuple(operands), dtype)))
+    return drafts if _is_exact(scope, drafts) else None
+
+
+def _between_scales(scope: Scope, node: Node) -> list[tuple[Value | str, Draft]] | None:
+    """Quantizing or dequantizing with one scale, step by step as the operators are defined."""
+    found = scheme(node, node.op)
+    source: Value = node["x"]
+    if found is None or source.is_constant or not scope.has_kernels(source, node.output):
+        return None
+    drafts: list[tuple[Value | str, Draft]] = []
+
+    def then(op: str, *operands: Any, dtype: str = "float32") -> None:
+        before = drafts[-1][0] if drafts else source
+        drafts.append((f"{node.name}.{len(drafts)}", (op, (before, *operands), dtype)))
+
+    if node.op == QUANTIZE:
+        if not scope.all_float32(source):
+            return None
+        then("div", found.scale)
+        then("round")
+        then("add", float(found.zero_point))
+        then("clamp", float(found.low), float(found.high))
+        then("to", dtype=dtype_name(scope.tensor_type(node.output).dtype))
+    else:
+        then("to", dtype="int32")
+        then("sub", found.zero_point, dtype="int32")
+        then("to")
+        then("mul", found.scale)
+    drafts[-1] = (node.output, drafts[-1][1])
     return drafts if _is_exact(scope, drafts) else None
 
 

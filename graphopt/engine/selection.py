@@ -152,7 +152,7 @@ def single_kernel(
         inputs.append(sample)
     outputs = [("output", place) for place in range(len(problem.outputs))]
     for key, operand in zip(outputs, problem.outputs, strict=True):
-        builder.add_buffer(key, operand.shape, getattr(torch, operand.dtype))
+        builder.add_buffer(key, _memory(operand), getattr(torch, operand.dtype))
     builder.add_kernel(
         candidate.build(threads),
         keys,
@@ -167,11 +167,16 @@ def single_kernel(
     return builder.build(threads), inputs
 
 
+def _memory(operand: Operand) -> tuple[int, ...]:
+    return operand.memory if operand.layout.group > 1 else operand.shape
+
+
 def _sample(operand: Operand, generator: torch.Generator) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, operand.dtype)
+    shape = _memory(operand)
     if dtype.is_floating_point:
-        return torch.randn(operand.shape, dtype=dtype, generator=generator)
-    return torch.randint(0, 2, operand.shape, generator=generator).to(dtype)
+        return torch.randn(shape, dtype=dtype, generator=generator)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
 # -- the table on disk ---------------------------------------------------------------------------

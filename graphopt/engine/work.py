@@ -16,13 +16,23 @@ from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, Operand, Probl
 from graphopt.kernels.zeros import ZeroPattern, zero_pattern
 
 
+@dataclass(eq=False, frozen=True)
+class Derived:
+    """A constant that is no value of the graph but follows from some, as kernels need it."""
+
+    name: str
+    constant: torch.Tensor
+
+    is_constant = True
+
+
 @dataclass(frozen=True)
 class KernelWork:
     """A problem for a kernel.
 
     Attributes:
         problem: what is to be solved.
-        inputs: the value that each of the problem's inputs is.
+        inputs: the value, or constant, that each of the problem's inputs is.
         outputs: the value that each of its outputs is.
         nodes: the nodes that it covers, the one that names it first.
         check: given the problem's last output, which is no value of the graph, raises where the
@@ -30,7 +40,7 @@ class KernelWork:
     """
 
     problem: Problem
-    inputs: tuple[Value, ...]
+    inputs: tuple[Value | Derived, ...]
     outputs: tuple[Value, ...]
     nodes: tuple[Node, ...]
     check: Callable[[torch.Tensor], None] | None = None

@@ -1,0 +1,107 @@
+"""What quantize and dequantize nodes say, as far as integer kernels understand it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.engine.work import Scope
+from graphopt.ir import Node, Value
+
+QUANTIZE, DEQUANTIZE = "graphopt.quantize", "graphopt.dequantize"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The scale and zero point of a whole tensor, and the least and largest step."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+    def step(self, number: float) -> int:
+        """A number in steps, as the operator quantizes it."""
+        steps = torch.round(torch.tensor(number, dtype=torch.float32) / self.scale)
+        return int((steps + self.zero_point).clamp(self.low, self.high))
+
+
+def scheme(node: Node | None, op: str) -> Scheme | None:
+    """The scheme of a quantize or dequantize node; None where it has none of a whole tensor."""
+    if node is None or node.op != op or node["axis"] is not None:
+        return None
+    scale, zero_point = node["scale"], node["zero_point"]
+    if not scale.is_constant or scale.constant.numel() != 1:
+        return None
+    if scale.constant.dtype != torch.float32:
+        return None
+    number = 0
+    if zero_point is not None:
+        if not zero_point.is_constant or zero_point.constant.numel() != 1:
+            return None
+        number = int(zero_point.constant)
+    return Scheme(float(scale.constant), number, node["quant_min"], node["quant_max"])
+
+
+def is_grouped(scope: Scope, value: Value) -> bool:
+    """Whether a value is kept with its channels in groups: bytes of an image that only
+    dequantize nodes read, all with the scheme by which it was quantized."""
+    made = scheme(value.producer, QUANTIZE)
+    if made is None or value.is_output or scope.tensor_type(value).dtype != torch.uint8:
+        return False
+    if len(scope.shape(value)) != 4 or 0 in scope.shape(value):
+        return False
+    return all(scheme(user, DEQUANTIZE) == made for user in value.users)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A float32 value as bytes: ``value`` is what is kept of it."""
+
+    value: Value
+    scheme: Scheme
+
+
+def image_of(scope: Scope, value: Value) -> Bytes | None:
+    """What a dequantized image is kept as, with grouped channels; None for other values."""
+    found = scheme(value.producer, DEQUANTIZE)
+    if found is None:
+        return None
+    assert value.producer is not None
+    source = value.producer["x"]
+    return Bytes(source, found) if is_grouped(scope, source) else None
+
+
+def rows_of(scope: Scope, value: Value) -> Bytes | None:
+    """What dequantized rows (*, K) are kept as, in plain order; None for other values.
+
+    Rows of a flattened image of one pixel are its groups of channels.
+    """
+    found = scheme(value.producer, DEQUANTIZE)
+    if found is not None:
+        assert value.producer is not None
+        source = value.producer["x"]
+        plain = not source.is_constant and not is_grouped(scope, source)
+        is_bytes = scope.tensor_type(source).dtype == torch.uint8
+        return Bytes(source, found) if plain and is_bytes else None
+    flattened = flattened_pixels(scope, value)
+    return None if flattened is None else image_of(scope, flattened)
+
+
+def flattened_pixels(scope: Scope, value: Value) -> Value | None:
+    """The image of one pixel (N, C, 1, 1) that a value (N, C) is another view of.
+
+    None where bytes of that image would not lie as rows do.
+    """
+    node = value.producer
+    if node is None or node.op not in _FLATTENINGS or len(scope.shape(value)) != 2:
+        return None
+    image: Value = node["self"]
+    shape = scope.shape(image)
+    if (*scope.shape(value), 1, 1) != shape or (shape[0] > 1 and shape[1] % 4):
+        return None
+    return image
+
+
+_FLATTENINGS = {"aten.flatten.using_ints", "aten.reshape", "aten.squeeze", "aten.squeeze.dims"}
