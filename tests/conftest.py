@@ -9,10 +9,10 @@ import torch
 from hypothesis import settings
 
 # Random search stays random at a desk, where a new counterexample is welcome; in CI the same
-# commit gives the same answer twice. "pytest tests/kernels --hypothesis-profile thorough" tries
-# several hundred shapes per kernel family.
+# commit gives the same answer twice. "pytest tests/kernels --hypothesis-profile thorough" tries at
+# least 300 shapes per kernel family.
 settings.register_profile("desk", deadline=None)
-settings.register_profile("thorough", deadline=None, max_examples=400)
+settings.register_profile("thorough", deadline=None, max_examples=600)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
 

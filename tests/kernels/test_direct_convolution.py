@@ -31,7 +31,7 @@ def test_sizes(outputs: int, pixels: int) -> None:
     case.check()
 
 
-@settings(max_examples=50)
+@settings(max_examples=settings().max_examples // 2)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 30), st.integers(1, 30), st.data())
 def test_any_size(
     batch: int, groups: int, channels: int, outputs: int, data: st.DataObject

@@ -43,7 +43,7 @@ def test_shapes(name: str) -> None:
     case.check(weight)
 
 
-@settings(max_examples=50)
+@settings(max_examples=settings().max_examples // 2)
 @given(cases(), st.sampled_from([0.0, 0.1, 0.4]), st.sampled_from([1, 2, 4]))
 def test_any_shape(case: Convolution, density: float, rows: int) -> None:
     case.check(pruned(case.weight, density, rows))

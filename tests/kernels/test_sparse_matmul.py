@@ -93,7 +93,7 @@ def test_sizes(rows: int, depth: int, columns: int) -> None:
     check_linear(plain(rows, depth), pruned((columns, depth), 0.2))
 
 
-@settings(max_examples=50)
+@settings(max_examples=settings().max_examples // 2)
 @given(
     st.integers(LANES // 2, 150),
     st.integers(1, 400),
