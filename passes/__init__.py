@@ -12,7 +12,9 @@ from graphopt.passes.einsum_canonicalization import CanonicalizeEinsum
 from graphopt.passes.layer_norm_canonicalization import CanonicalizeLayerNorm
 from graphopt.passes.linear_canonicalization import CanonicalizeLinear
 from graphopt.passes.linear_merging import MergeLinears
+from graphopt.passes.low_rank.low_rank import LowRank
 from graphopt.passes.padding_folding import FoldPadding
+from graphopt.passes.pruning.prune import Prune
 from graphopt.passes.simplification import Simplification
 
 __all__ = [
@@ -29,7 +31,9 @@ __all__ = [
     "FoldBatchNorm",
     "FoldChannelAffine",
     "FoldPadding",
+    "LowRank",
     "MergeLinears",
+    "Prune",
     "Simplification",
 ]
 

@@ -1,0 +1,165 @@
+"""Moments of layers, gathered from calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graphopt import reference
+from graphopt.calibration import CalibrationData, observe
+from graphopt.ir import Graph, Node, Value
+from graphopt.passes.low_rank.candidates import LayerMoments
+from graphopt.passes.low_rank.moments import Moments, neighbourhoods
+from graphopt.passes.low_rank.replacement import in_rows
+from graphopt.passes.low_rank.subjects import Subject
+from graphopt.pipeline import Context
+
+POSITIONS = 1024
+"""Of how many positions of an image neighbourhoods count: with more, a random sample of so many
+per image on average. Neighbouring positions say much the same."""
+
+
+def gather(
+    graph: Graph, needs: Mapping[Subject, tuple[bool, bool]], data: CalibrationData, ctx: Context
+) -> dict[Node, LayerMoments]:
+    """Moments of layers, in one sweep over the data.
+
+    Args:
+        graph: the network.
+        needs: the layers, and whether their inputs and their outputs are to be known.
+        data: the calibration data.
+        ctx: shows the progress, and gives the randomness of samples.
+    """
+    found: dict[Node, LayerMoments] = {}
+    observers: dict[Value, list[Callable[[Tensor], None]]] = {}
+    for subject, (inputs, outputs) in needs.items():
+        moments = found[subject.node] = empty(subject, inputs, outputs)
+        if inputs:
+
+            def see_input(x: Tensor, s: Subject = subject, m: LayerMoments = moments) -> None:
+                add_inputs(s, m, x, None, ctx.generator)
+
+            observers.setdefault(subject.input, []).append(see_input)
+        if outputs:
+
+            def see_output(y: Tensor, s: Subject = subject, m: LayerMoments = moments) -> None:
+                add_outputs(s, m, y, None)
+
+            observers.setdefault(subject.node.output, []).append(see_output)
+
+    def all_of(several: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
+        def show(tensor: Tensor) -> None:
+            for one in several:
+                one(tensor)
+
+        return show
+
+    together = {value: all_of(several) for value, several in observers.items()}
+    observe(graph, data, together, ctx, "covariances")
+    return found
+
+
+def gather_pairs(
+    original: Graph, graph: Graph, subject: Subject, inputs: bool, data: CalibrationData
+) -> LayerMoments:
+    """Moments of one layer in a network whose earlier layers are decomposed, together with the
+    outputs that it should have.
+
+    Args:
+        original: the network as it was.
+        graph: as it is now; the layer itself is still as it was.
+        subject: the layer.
+        inputs: whether what it sees is paired with the outputs, or else its own outputs are.
+        data: the calibration data.
+    """
+    moments = empty(subject, inputs, not inputs, pairs=True)
+    watched = subject.input if inputs else subject.node.output
+    generator = torch.Generator().manual_seed(0)
+    for batch in data.batches(original):
+        wanted = _value_of(original, subject.node.output.name, batch.inputs)
+        seen = _value_of(graph, watched.name, batch.inputs)
+        if inputs:
+            add_inputs(subject, moments, seen, wanted, generator)
+        else:
+            add_outputs(subject, moments, seen, wanted)
+    return moments
+
+
+class _Found(Exception):
+    """Ends the evaluation of a graph when the value that is wanted is known."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _value_of(graph: Graph, name: str, inputs: Sequence[Tensor]) -> Tensor:
+    """A value of a graph; what comes after it is not computed."""
+    wanted = graph.value(name)
+    if wanted in graph.inputs:
+        return inputs[graph.inputs.index(wanted)]
+
+    def stop(node: Node, results: list[Tensor]) -> None:
+        if wanted.producer is node:
+            raise _Found(results[wanted.index])
+
+    try:
+        reference.run(graph, inputs, observe=stop)
+    except _Found as found:
+        return found.tensor
+    raise AssertionError(f"%{name} is no result of the graph")
+
+
+def empty(subject: Subject, inputs: bool, outputs: bool, pairs: bool = False) -> LayerMoments:
+    kernels = subject.kernels()
+    sizes = [(kernel[0].numel(), kernel.shape[0]) for kernel in kernels]
+    return LayerMoments(
+        [Moments(seen, out if pairs else 0) for seen, out in sizes] if inputs else [],
+        [Moments(out, out if pairs else 0) for _, out in sizes] if outputs else [],
+    )
+
+
+def add_outputs(subject: Subject, moments: LayerMoments, y: Tensor, wanted: Tensor | None) -> None:
+    """Results of the layer, and those that it should have."""
+    offsets, groups = subject.offsets(), subject.groups
+    rows = (in_rows(y, subject.spatial).double() - offsets).chunk(groups, dim=1)
+    if wanted is None:
+        pairs = [row.new_zeros(len(row), 0) for row in rows]
+    else:
+        pairs = list((in_rows(wanted, subject.spatial).double() - offsets).chunk(groups, dim=1))
+    for one, x, target in zip(moments.outputs, rows, pairs, strict=True):
+        one.add(x, target)
+
+
+def add_inputs(
+    subject: Subject,
+    moments: LayerMoments,
+    x: Tensor,
+    wanted: Tensor | None,
+    generator: torch.Generator,
+) -> None:
+    """What the layer sees at every position, or at a sample of them, and the results that it
+    should have there."""
+    spatial, kernels = subject.spatial, subject.kernels()
+    if spatial:
+        batched = x if x.dim() == spatial + 2 else x[None]
+        taps = tuple(kernels[0].shape[2:])
+        seen = neighbourhoods(batched, taps, subject.stride, subject.paddings(), subject.dilation)
+        count = seen.shape[: 1 + spatial].numel()
+        limit = POSITIONS * len(batched)
+    else:
+        seen = in_rows(x, 0)
+        count = limit = len(seen)
+    chosen = torch.arange(count)
+    if count > limit:
+        chosen = torch.randperm(count, generator=generator)[:limit]
+    places = torch.unravel_index(chosen, seen.shape[: 1 + spatial])
+    rows = seen[places].reshape(len(chosen), subject.groups, -1)
+    offsets = subject.offsets()
+    targets = rows.new_zeros(len(rows), 0)
+    if wanted is not None:
+        targets = in_rows(wanted, spatial)[chosen].double() - offsets
+    for group, one in enumerate(moments.inputs):
+        part = targets.chunk(subject.groups, dim=1)[group] if wanted is not None else targets
+        one.add(rows[:, group], part)

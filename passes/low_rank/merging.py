@@ -1,0 +1,99 @@
+"""A new layer and a 1x1 convolution (or linear layer) beside it as one, where that is cheaper."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import Tensor
+
+from graphopt.ir import Graph, Node
+from graphopt.ir.patterns import Decline
+from graphopt.passes.layers import LINEAR, Layer, layer_of
+from graphopt.passes.low_rank.subjects import CONVOLUTIONS
+
+
+def merge_neighbours(graph: Graph) -> int:
+    """Merge layers that the running pass made with the layer directly before or after them, if
+    the one layer has fewer multiply-adds than the two. Returns how many were merged."""
+    merged = 0
+    for node in graph.nodes:
+        while node in graph and _merge_with_next(graph, node):
+            merged += 1
+    return merged
+
+
+def _merge_with_next(graph: Graph, first: Node) -> bool:
+    """Merge a layer into its only user, whose place the one layer takes."""
+    if first.op != LINEAR and first.op not in CONVOLUTIONS:
+        return False
+    second = first.output.only_user()
+    if second is None or second.op.removesuffix(".padding") != first.op.removesuffix(".padding"):
+        return False
+    made = [node.origin.made_by == graph.made_by for node in (first, second)]
+    if not any(made) or (all(made) and first.origin == second.origin):
+        return False
+    before, after = layer_of(first), layer_of(second)
+    if isinstance(before, Decline) or isinstance(after, Decline) or after.input != first.output:
+        return False
+    if before.groups != 1 or after.groups != 1 or not _can_merge(before, after):
+        return False
+    weight = _product(before, after)
+    pixels = [prod(node.output.shape[2:]) if first.op != LINEAR else 1 for node in (first, second)]
+    costs = [
+        count * prod(layer.weight.shape)
+        for count, layer in zip(pixels, (before, after), strict=True)
+    ]
+    if pixels[1] * weight.numel() >= sum(costs):
+        return False
+    _write(graph, before, after, weight)
+    return True
+
+
+def _can_merge(before: Layer, after: Layer) -> bool:
+    """Whether the two are one layer: one of them works on every position by itself, and no
+    padding comes between the two."""
+    if before.node.op == LINEAR or _is_pointwise(after):
+        return True
+    has_bias = before.bias is not None
+    return _is_pointwise(before) and not (has_bias and after.has_padding)
+
+
+def _is_pointwise(layer: Layer) -> bool:
+    node = layer.node
+    taps = prod(layer.weight.shape[2:])
+    return taps == 1 and set(node["stride"]) == {1} and not layer.has_padding
+
+
+def _product(before: Layer, after: Layer) -> Tensor:
+    """The weight of both together, [output, input channels, *taps] in float64."""
+    assert before.weight.constant is not None
+    assert after.weight.constant is not None
+    first, second = before.weight.constant.double(), after.weight.constant.double()
+    if before.node.op == LINEAR:
+        return second @ first
+    return (second.movedim((0, 1), (-2, -1)) @ first.movedim((0, 1), (-2, -1))).movedim(
+        (-2, -1), (0, 1)
+    )
+
+
+def _write(graph: Graph, before: Layer, after: Layer, weight: Tensor) -> None:
+    first, second = before.node, after.node
+    offsets = after.offsets()
+    if before.bias is not None:
+        taps = after.taps()[0].sum(dim=2)
+        offsets = offsets + taps @ before.offsets()
+    geometry = first if first.op == LINEAR or _is_pointwise(after) else second
+    with graph.edit(), graph.inserting(second):
+        stored, trainable = weight.to(after.weight.dtype), after.weight.trainable
+        made = graph.constant(stored, after.weight.name, trainable=trainable)
+        bias = after.bias
+        if bias is not None or before.bias is not None:
+            name = after.weight.name.removesuffix("weight") + "bias"
+            bias = graph.constant(offsets.to(stored.dtype), name, trainable=trainable)
+        operands = {**geometry.operands, "input": first["input"], "weight": made, "bias": bias}
+        result = graph.add(geometry.op, origin=second.origin, **operands)
+        name = second.output.name
+        graph.replace(second.output, result)
+        graph.erase(second)
+        graph.erase(first)
+        graph.rename(result, name)
