@@ -216,7 +216,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         cycles = _cycles(image, tile, _blocking(image, tile, 1), 1)
         name = f"convolution {tile}"
         found.append(ConvolutionCandidate(name, problem, cycles / CYCLES_PER_SECOND, image, tile))
-    whole = image.size == image.kernel and image.start == (0, 0)
+    whole = image.size == image.kernel and image.start == (0, 0) and image.dilation == (1, 1)
     if whole and image.pixels == image.groups == 1:
         linear = _linear(problem, image)
         for product in matmul.candidates(linear):

@@ -51,6 +51,9 @@ CASES = {
     "image of one pixel": Convolution((3, 40, 1, 1), 70, (1, 1)),
     "as large as the kernel": Convolution((2, 5, 4, 3), 2 * LANES + 1, (4, 3)),
     "kernel wider than its image": Convolution((1, 3, 2, 2), 4, (2, 2), (4, 4), ((1, 1), (1, 1))),
+    "dilated, as many pixels as taps": Convolution(
+        (1, 2, 1, 2), 4, (1, 2), (1, 1), ((0, 0), (0, 2)), (1, 3)
+    ),
     "sequence as long as the kernel": Convolution((2, 3, 6), 5, (6,)),
     "no image": Convolution((0, 4, 5, 5), 6, (3, 3)),
 }

@@ -1,0 +1,105 @@
+"""Which kernel is chosen, from times that are made up or remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphopt.engine import selection
+from graphopt.engine.selection import Selection, choose, measure
+from graphopt.errors import SelectionError
+from graphopt.kernels.problem import ConstantOperand, Layout, MatmulProblem, Operand
+from graphopt.kernels.registry import Candidate, Step, candidates
+
+MEASURED = Selection(measure=True)
+PROBLEM = MatmulProblem(
+    (Operand.plain("float32", (3, 40)), ConstantOperand((24, 40), Layout.plain("float32", 2))),
+    (Operand.plain("float32", (3, 24)),),
+    (False, True),
+    None,
+)
+WEIGHT = np.random.default_rng(0).standard_normal((24, 40)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Named(Candidate):
+    """A candidate of which only the name and the estimate matter."""
+
+    def build(self, threads: int) -> tuple[Step, ...]:
+        raise AssertionError("its time is known")
+
+
+@pytest.fixture(autouse=True)
+def _own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(selection, "_known", {})
+    monkeypatch.setattr(selection, "_unsaved", {})
+
+
+def known(
+    monkeypatch: pytest.MonkeyPatch, times: dict[str, tuple[float, float]]
+) -> list[list[str]]:
+    """Candidates of these (estimated, measured) times; returns what is measured, call by call."""
+    found = [Named(name, PROBLEM, estimate) for name, (estimate, _) in times.items()]
+    found.sort(key=lambda candidate: candidate.estimate)
+    calls: list[list[str]] = []
+
+    def made_up(timed: Sequence[Candidate], constants: object, threads: int) -> list[float]:
+        calls.append([candidate.kernel for candidate in timed])
+        return [times[candidate.kernel][1] for candidate in timed]
+
+    monkeypatch.setattr(selection, "candidates", lambda problem: found)
+    monkeypatch.setattr(selection, "measure", made_up)
+    return calls
+
+
+def test_measured_time_decides_among_the_best_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = known(monkeypatch, {"a": (1.0, 3.0), "b": (1.5, 2.0), "hopeless": (3.5, 0.1)})
+    assert choose(PROBLEM, [None, WEIGHT], 2, MEASURED).kernel == "b"
+    assert calls == [["a", "b"]]
+    assert choose(PROBLEM, [None, WEIGHT], 2, Selection(measure=False)).kernel == "a"
+    assert choose(PROBLEM, [None, WEIGHT], 2, MEASURED, prefer="hopeless").kernel == "hopeless"
+
+
+def test_times_are_remembered_by_thread_count_and_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = known(monkeypatch, {"a": (1.0, 3.0), "b": (1.5, 2.0)})
+    for threads in (1, 1, 2, 2):
+        choose(PROBLEM, [None, WEIGHT], threads, MEASURED)
+    assert len(calls) == 2
+    selection.save()
+    selection.forget()
+    assert choose(PROBLEM, [None, WEIGHT], 2, MEASURED).kernel == "b"
+    assert len(calls) == 2
+
+
+def test_nothing_solves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch, {})
+    with pytest.raises(SelectionError, match="no kernel solves"):
+        choose(PROBLEM, [None, WEIGHT], 1, MEASURED)
+
+
+def test_a_time_is_at_least_that_of_fetching_the_constants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selection, "MEMORY_SPEED", 1.0)
+    found = candidates(PROBLEM)
+    packed = [sum(array.nbytes for array in c.pack([None, WEIGHT])) for c in found]
+    assert min(packed) >= WEIGHT.nbytes
+    assert measure(found, [None, WEIGHT], 1) == packed
+    monkeypatch.setattr(selection, "MEMORY_SPEED", 1e30)
+    assert all(0 < seconds < 1 for seconds in measure(found, [None, WEIGHT], 1))
+
+
+@pytest.mark.parametrize(("value", "measured"), [("measure", True), ("estimate", False)])
+def test_the_environment_may_say(
+    monkeypatch: pytest.MonkeyPatch, value: str, measured: bool
+) -> None:
+    monkeypatch.setenv("GRAPHOPT_SELECTION", value)
+    assert Selection.default().measure is measured
+    monkeypatch.setenv("GRAPHOPT_SELECTION", value + "d")
+    with pytest.raises(SelectionError, match="may be 'measure' or 'estimate'"):
+        Selection.default()
