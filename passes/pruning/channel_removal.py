@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graphopt.errors import PassError
+from graphopt.flops import count_flops
 from graphopt.ir import Graph, Node, TensorType, Value
 from graphopt.ir.operators import resolve
 from graphopt.passes.arithmetic import DIVISIONS
@@ -34,16 +36,9 @@ def remove_units(graph: Graph, removals: Removals) -> None:
         PassError: no unit of a group would be left, there is no unit of a number, or the graph
             has changed otherwise since the groups were found. The graph stays as it is.
     """
-    wanted = {group: units for group, units in removals.items() if len(units)}
-    _check(graph, wanted)
-    if not wanted:
+    left = _remaining(graph, removals)
+    if left is None:
         return
-    structure = next(iter(wanted)).structure
-    gone = np.zeros(len(structure.components.component), dtype=bool)
-    for group, units in wanted.items():
-        together = group.components[np.asarray(units, dtype=np.int64)]
-        gone |= np.isin(group.structure.components.component, together)
-    left = Remaining(structure.axes, gone)
     expected = {value.name: _expected_types(value, left) for value in graph.values}
     before = graph.clone()
     with graph.edit():
@@ -59,6 +54,29 @@ def remove_units(graph: Graph, removals: Removals) -> None:
             f"the removal would make %{value.name} {found[0]} instead of "
             f"{expected[value.name][0]}: the coupling rules do not fit the graph"
         )
+
+
+def remaining_macs(graph: Graph, removals: Removals) -> int:
+    """How many multiply-adds a graph would have left at the example's sizes, without changing it.
+
+    Args:
+        graph, removals: as for `remove_units`.
+
+    Raises:
+        PassError: as `remove_units` does.
+    """
+    left = _remaining(graph, removals)
+    total = Fraction(0)
+    for node in graph.nodes:
+        count = Fraction(count_flops(node), 2)
+        if count and left is not None:
+            # A layer's multiply-adds are its weight's elements times places, which all stay.
+            weight = next((v for v in node.input_values() if v.is_constant and v.rank > 1), None)
+            of = weight if weight is not None else node.outputs[0]
+            for dimension, size in enumerate(of.shape):
+                count *= Fraction(left.sizes(of, dimension)[0], size)
+        total += count
+    return int(total)
 
 
 def mask_units(graph: Graph, removals: Removals) -> Graph:
@@ -88,6 +106,20 @@ def mask_units(graph: Graph, removals: Removals) -> Graph:
                     constant, torch.where(chosen.reshape(shape), zeros, constant.constant)
                 )
     return masked
+
+
+def _remaining(graph: Graph, removals: Removals) -> Remaining | None:
+    """What a removal leaves; None if it removes nothing."""
+    wanted = {group: units for group, units in removals.items() if len(units)}
+    _check(graph, wanted)
+    if not wanted:
+        return None
+    structure = next(iter(wanted)).structure
+    gone = np.zeros(len(structure.components.component), dtype=bool)
+    for group, units in wanted.items():
+        together = group.components[np.asarray(units, dtype=np.int64)]
+        gone |= np.isin(group.structure.components.component, together)
+    return Remaining(structure.axes, gone)
 
 
 def _check(graph: Graph, removals: Removals) -> None:
