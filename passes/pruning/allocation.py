@@ -6,6 +6,7 @@ to go: every weight costs one where weights are counted, or the multiply-adds th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -173,14 +174,14 @@ def choose_levels(
     if least > budget * (1 + 1e-9):
         raise PassError(f"the budget of {budget:g} is below the least possible cost of {least:g}")
     free = max(budget - least, 0.0)
-    step = free / GRID if free > 0 else 1.0
+    step = free / GRID if free > 1e-12 * budget else math.inf
     best = np.zeros(GRID + 1)
     chosen: list[np.ndarray] = []
     for own_errors, own_costs in zip(errors, costs, strict=True):
         base = min(own_costs)
         table = np.full((len(own_costs), GRID + 1), np.inf)
         for level, (error, cost) in enumerate(zip(own_errors, own_costs, strict=True)):
-            steps = int(np.ceil((cost - base) / step - 1e-9))
+            steps = _steps(cost - base, step)
             if steps <= GRID:
                 table[level, steps:] = best[: GRID + 1 - steps] + error
         chosen.append(table.argmin(axis=0))
@@ -189,8 +190,15 @@ def choose_levels(
     for choice, own_costs in zip(reversed(chosen), reversed(costs), strict=True):
         level = int(choice[left])
         places.append(level)
-        left -= int(np.ceil((own_costs[level] - min(own_costs)) / step - 1e-9))
+        left -= _steps(own_costs[level] - min(own_costs), step)
     return places[::-1]
+
+
+def _steps(extra: float, step: float) -> int:
+    """Steps of the grid that a cost above the least takes, rounded up."""
+    if step == math.inf:
+        return 0 if extra == 0 else GRID + 1
+    return math.ceil(extra / step - 1e-9)
 
 
 def _between(densities: np.ndarray) -> np.ndarray:

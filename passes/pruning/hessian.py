@@ -23,7 +23,11 @@ COLUMNS = 128
 ITERATIONS = 50
 TOLERANCE = 1e-4
 """Conjugate gradients end where a step lowers the error by less than this fraction of it."""
-EXCHANGES = 6
+ROUGH = 1e-3
+"""The same while masks are still being compared."""
+EXCHANGES = 4
+TRUST = 0.5
+"""How far the gains are believed that pruned weights promise to bring."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,21 @@ class Problem:
         return as_matrix(taps)[0]
 
 
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """A second moment made positive definite: a fraction of the mean of its diagonal is added to
-    the diagonal. Inputs that are always zero count as one."""
+def damped(moment: Tensor, damping: float, rounding: float = 0.0) -> Tensor:
+    """A second moment made positive definite.
+
+    Args:
+        moment: [n, n], float64, symmetric.
+        damping: fraction of the mean of its diagonal that is added to the diagonal.
+        rounding: size of the errors that the moment may have; so much is added at least.
+
+    Inputs that are always zero count as one. Where more is needed, more is added.
+    """
     diagonal = moment.diagonal()
-    added = torch.full_like(diagonal, damping * float(diagonal.mean()))
-    added[diagonal == 0] = 1.0
+    added = torch.full_like(diagonal, damping * float(diagonal.clamp_min(0).mean()) + rounding)
+    added[diagonal + added <= 0] = 1.0
+    while torch.linalg.cholesky_ex(moment + torch.diag(added)).info:
+        added = added * 10
     return moment + torch.diag(added)
 
 
@@ -80,10 +93,11 @@ def prune(problem: Problem, granularity: Granularity, sparsity: float) -> Tensor
     """
     if sparsity == 0:
         return problem.weight * problem.remaining
-    found = sparse_gpt(problem, granularity, sparsity)
-    kept = found != 0
-    best = least_squares(problem, found, kept)
-    best = exchange(problem, granularity, best)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
+    found, kept = sparse_gpt(problem, granularity, sparsity, inverse)
+    best = least_squares(problem, found, kept, ROUGH)
+    best, kept = exchange(problem, granularity, best, kept, inverse)
+    best = least_squares(problem, best, kept)
     return _not_worse_than_magnitude(problem, granularity, sparsity, best)
 
 
@@ -108,15 +122,19 @@ def _mask(problem: Problem, granularity: Granularity, scores: Tensor, sparsity: 
     return problem.as_matrix(mask) & problem.remaining
 
 
-def sparse_gpt(problem: Problem, granularity: Granularity, sparsity: float) -> Tensor:
+def sparse_gpt(
+    problem: Problem, granularity: Granularity, sparsity: float, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
     """The blocked update of SparseGPT: masks by what removing costs now, chosen for some columns
     at a time; later columns then make up for the error.
 
     The cost of a block of weights ``w`` within a row is ``w P^-1 w^T``, where P is its part of the
     inverse Hessian of the columns not decided yet: what removing all of them together costs.
+
+    Returns:
+        The weight, and which of it is kept.
     """
     weight, size = problem.weight.clone(), len(problem.hessian)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)
     channels = size // problem.taps
     kept = torch.zeros_like(problem.remaining)
@@ -139,7 +157,7 @@ def sparse_gpt(problem: Problem, granularity: Granularity, sparsity: float) -> T
             errors[:, column - first] = error
             weight[:, column:last] -= error.unsqueeze(1) * factor[column, column:last]
         weight[:, last:] -= errors @ factor[first:last, last:]
-    return weight * kept
+    return weight * kept, kept
 
 
 def _chunks(channels: int, taps: int, granularity: Granularity) -> list[tuple[int, int]]:
@@ -169,36 +187,70 @@ def _joint_cost(weight: Tensor, inverse: Tensor, granularity: Granularity, chann
     return weight * (weight @ torch.linalg.inv(inverse * together))
 
 
-def least_squares(problem: Problem, start: Tensor, kept: Tensor) -> Tensor:
+def least_squares(
+    problem: Problem, start: Tensor, kept: Tensor, tolerance: float = TOLERANCE
+) -> Tensor:
     """The weights that stay, such that the output's error is least: conjugate gradients for all
-    rows at once, with the Hessian's diagonal as preconditioner, from ``start`` on."""
-    weight, diagonal = start * kept, problem.hessian.diagonal()
-    residual = (problem.weight - weight) @ problem.hessian * kept
+    rows at once, with the Hessian's diagonal as preconditioner.
+
+    Single precision is enough for the steps; the residual is exact at the start.
+
+    Args:
+        problem: what is solved.
+        start: a first guess.
+        kept: which weights stay.
+        tolerance: the iteration ends when a step lowers the error by less than this fraction.
+    """
+    weight, hessian, mask = start * kept, problem.hessian.float(), kept.float()
+    difference = problem.weight - weight
+    gradient = difference @ problem.hessian
+    error = float((gradient * difference).sum())
+    residual, diagonal = gradient.float() * mask, hessian.diagonal()
     scaled = residual / diagonal
     direction, product = scaled, (residual * scaled).sum(dim=1, keepdim=True)
-    error = problem.error(weight)
+    moved = torch.zeros_like(residual)
     for _ in range(ITERATIONS):
-        image = direction @ problem.hessian * kept
+        image = direction @ hessian * mask
         curvature = (direction * image).sum(dim=1, keepdim=True)
         step = torch.where(curvature > 0, product / curvature, 0.0)
-        weight = weight + step * direction
-        residual = residual - step * image
+        moved.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
         gain = float((step * product).sum())
         error -= gain
-        if gain <= TOLERANCE * max(error, 0.0):
+        if gain <= tolerance * max(error, 0.0):
             break
         scaled = residual / diagonal
         previous, product = product, (residual * scaled).sum(dim=1, keepdim=True)
         ratio = torch.where(previous > 0, product / previous, 0.0)
         direction = scaled + ratio * direction
-    return weight
+    return weight + moved.double()
 
 
-def exchange(problem: Problem, granularity: Granularity, weight: Tensor) -> Tensor:
-    """Exchange kept blocks for pruned ones where that lowers the error.
+def exchange(
+    problem: Problem, granularity: Granularity, weight: Tensor, kept: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exchange pruned blocks for kept ones while that lowers the error.
 
-    What a pruned weight would gain alone is ``gradient ** 2 / H_ii``, what a kept one costs is
-    about ``weight ** 2 / (H^-1)_ii``; the pairs that promise most are exchanged and the least
-    squares solved again, and the step is taken back where the error has grown.
+    A pruned weight alone would gain ``gradient ** 2 / H_ii``, a kept one costs about ``weight ** 2
+    / (H^-1)_ii``; by these the mask is chosen again, of the same sparsity. Where the error has
+    grown after that, gains are trusted less.
+
+    Returns:
+        The weight, and which of it is kept.
     """
-    return weight
+    remaining = max(1, int(problem.remaining.sum()))
+    sparsity = 1 - float((kept & problem.remaining).sum()) / remaining
+    diagonal, trust, error = problem.hessian.diagonal(), TRUST, problem.error(weight)
+    for _ in range(EXCHANGES):
+        gradient = (problem.weight - weight) @ problem.hessian
+        gains = trust * gradient.square() / diagonal
+        scores = torch.where(kept, weight.square() / inverse.diagonal(), gains)
+        mask = _mask(problem, granularity, scores, sparsity)
+        if torch.equal(mask, kept):
+            break
+        candidate = least_squares(problem, weight, mask, ROUGH)
+        if (found := problem.error(candidate)) < error:
+            weight, kept, error = candidate, mask, found
+        else:
+            trust /= 2
+    return weight, kept

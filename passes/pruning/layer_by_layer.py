@@ -19,6 +19,9 @@ from graphopt.passes.pruning.layer_inputs import as_matrix, columns, from_matrix
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.pipeline import Context
 
+ROUNDING = 1e-6
+"""Relative error of a second moment that is summed up in float32."""
+
 
 @dataclass
 class Moments:
@@ -44,7 +47,7 @@ class Moments:
     def add(self, layer: PrunableLayer, node: Node, x: Tensor) -> None:
         for chunk in columns(node, x, layer.kernel):
             self.second += chunk @ chunk.transpose(1, 2)
-            self.first += chunk.sum(dim=2)
+            self.first += chunk.sum(dim=2, dtype=torch.float64)
             self.count += chunk.shape[2]
 
     def centred(self) -> Tensor:
@@ -61,7 +64,7 @@ def prune_layer_by_layer(
     ctx: Context,
     *,
     sequential: bool = True,
-    damping: float = 0.01,
+    damping: float = 0.1,
 ) -> None:
     """Prune layers of a graph in place.
 
@@ -114,9 +117,9 @@ def _prune_layer(
     second = moments.second if adjustable is None else moments.centred()
     new = torch.empty_like(old)
     for group in range(len(old)):
-        problem = hessian.Problem(
-            old[group], hessian.damped(second[group], damping), old[group] != 0, taps.shape[3]
-        )
+        rounding = ROUNDING * float(moments.second[group].diagonal().mean())
+        moment = hessian.damped(second[group], damping, rounding)
+        problem = hessian.Problem(old[group], moment, old[group] != 0, taps.shape[3])
         new[group] = hessian.prune(problem, granularity, sparsity)
     layer.write(layer.stored(from_matrix(new, taps.shape)).to(weight.dtype))
     if adjustable is not None:

@@ -13,8 +13,9 @@ from graphopt.ir import Graph
 from graphopt.passes.layer_choice import LayerPattern, as_patterns, chosen
 from graphopt.passes.pruning import allocation
 from graphopt.passes.pruning.allocation import Share, Sparsities
+from graphopt.passes.pruning.channel_front import STRUCTURED, prune_channels
 from graphopt.passes.pruning.criteria import Criterion, ScoreFunction, find_criterion
-from graphopt.passes.pruning.granularity import Blocks, Granularity, Pattern, parse_granularity
+from graphopt.passes.pruning.granularity import Granularity, Pattern, parse_granularity
 from graphopt.passes.pruning.layer_by_layer import prune_layer_by_layer
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer, prunable_layers
 from graphopt.passes.pruning.masks import ScoredLayers
@@ -56,13 +57,19 @@ class Prune:
         granularity: ``"unstructured"``; ``"N:M"`` keeps at most N of M neighbouring input channels;
             ``"RxC"`` prunes blocks of R output x C input channels. Both are taken at each position
             of the kernel and within each group of channels. A last block that does not fit is
-            filled up with zeros that count neither as weights nor in its score.
+            filled up with zeros that count neither as weights nor in its score. ``"channel"`` and
+            ``"head"`` remove output channels and attention heads with all that depends on them,
+            so that tensors shrink; see `channel_groups`.
         criterion: which weights matter: a name of `criteria.CRITERIA`, or a function ``(weight,
             context) -> scores`` with a `criteria.CriterionContext`. ``"hessian"`` also updates the
-            weights that stay, so that each layer's output changes least.
+            weights that stay, so that each layer's output changes least; not for channels and
+            heads, which it only ranks. These are ranked by the sum over the weights that make
+            them.
         allocation: how layers share the burden: ``"uniform"``; ``"global"``, the lowest scores
             wherever they are; ``"erk"``, by the Erdos-Renyi kernel; ``"sensitivity"``, least sum of
-            the measured errors of the network's results.
+            the measured errors of the network's results. For channels and heads ``sparsity`` is
+            the fraction of units: of each group, or with ``"global"`` and ``"sensitivity"`` of all
+            groups together; there is no ``"erk"``.
         threshold: prune weights whose magnitude is smaller, blocks whose mean magnitude is.
         parameters: the fraction of the network's parameters, in (0, 1], that may stay non-zero.
         macs: the fraction of the network's multiply-adds, in (0, 1], that may stay: those with
@@ -70,13 +77,15 @@ class Prune:
         speedup: how many times faster the network is to be, within 10 %, by measured time. Layers
             where sparse kernels do not pay stay dense; the choice is joint, with the errors of
             ``allocation="sensitivity"`` where there is data, else the criterion's scores.
+        round_to: leave multiples of so many channels, where channels or heads are removed.
         data: calibration data, see `graphopt.calibration.CalibrationData`.
         loss: a function of (output, target), for criteria that need gradients.
         ignore: layers to leave alone, see `graphopt.passes.layer_choice.LayerPattern`.
         depthwise: prune depthwise convolutions too.
         sequential: for ``"hessian"``: each layer sees the inputs that the layers pruned before
             it give, and makes up for their errors; otherwise those of the dense network.
-        damping: for ``"hessian"``: fraction of the mean of the diagonal that is added to it.
+        damping: for ``"hessian"``: fraction of the mean of the diagonal that is added to it; the
+            fewer data, the more.
 
     Raises:
         PassError: when it is made, if options are out of range or contradict each other, or data
@@ -95,29 +104,45 @@ class Prune:
     speedup: float | None = None
     data: Iterable[Any] | None = None
     loss: Loss | None = None
+    round_to: int = 1
     ignore: LayerPattern | Iterable[LayerPattern] = ()
     depthwise: bool = False
     sequential: bool = True
-    damping: float = 0.01
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
         as_patterns(self.ignore)
-        criterion, granularity = find_criterion(self.criterion), parse_granularity(self.granularity)
+        criterion = find_criterion(self.criterion)
         if self.allocation not in ALLOCATIONS:
             known = ", ".join(ALLOCATIONS)
             raise PassError(f"the allocation {self.allocation!r} is unknown; there are {known}")
-        self._check_aim(granularity)
+        self._check_aim()
+        if self.granularity in STRUCTURED:
+            self._check_structured()
+        else:
+            self._check_granularity(parse_granularity(self.granularity))
         self._check_data(criterion)
         if not (isinstance(self.damping, (int, float)) and self.damping > 0):
             raise PassError(f"the damping {self.damping!r} is no positive number")
 
-    def _check_aim(self, granularity: Granularity) -> None:
+    def _check_aim(self) -> None:
         given = [name for name in AIMS if getattr(self, name) is not None]
-        if len(given) > 1 or (not given and isinstance(granularity, Blocks)):
+        if len(given) > 1 or (not given and ":" not in self.granularity):
             found = " and ".join(given) or "none of them"
             raise PassError(f"Prune takes one of {', '.join(AIMS)}; given: {found}")
         for name in given:
             _check_number(name, getattr(self, name))
+
+    def _check_structured(self) -> None:
+        if self.threshold is not None or self.allocation == "erk":
+            odd = "a threshold" if self.threshold is not None else "allocation='erk'"
+            raise PassError(f"{odd} is about single weights, not about a {self.granularity}")
+        if not isinstance(self.round_to, int) or self.round_to < 1:
+            raise PassError(f"round_to is {self.round_to!r}; it must be a whole number from 1 on")
+
+    def _check_granularity(self, granularity: Granularity) -> None:
+        if self.round_to != 1:
+            raise PassError("round_to goes with granularity='channel' or 'head'")
         if not isinstance(granularity, Pattern):
             return
         if self.threshold is not None:
@@ -150,6 +175,8 @@ class Prune:
 
     def run(self, graph: Graph, ctx: Context) -> bool:
         """Prune a graph in place. Returns whether any weight changed."""
+        if self.granularity in STRUCTURED:
+            return prune_channels(self, graph, ctx)
         granularity, criterion = parse_granularity(self.granularity), find_criterion(self.criterion)
         data = None if self.data is None else CalibrationData(self.data)
         layers, left = self._layers(graph, granularity)

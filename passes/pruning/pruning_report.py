@@ -92,8 +92,13 @@ def _title(before: Before, options: Prune) -> str:
     kept = sum(int(torch.count_nonzero(now_of(layer))) for layer in before.layers)
     criterion = options.criterion
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "own")
+    how = options.allocation
+    if options.threshold is not None:
+        how = f"threshold {options.threshold:g}"
+    elif options.speedup is not None:
+        how = f"{options.speedup:g} times as fast"
     return (
-        f"prune: {options.granularity}, {name}, {options.allocation}: "
+        f"prune: {options.granularity}, {name}, {how}: "
         f"{1 - kept / weights:.2%} of {weights:,} weights are zero"
     )
 

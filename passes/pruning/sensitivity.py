@@ -38,7 +38,7 @@ def sensitivities(
         ctx: shows the progress.
     """
     batch = next(iter(data.batches(graph)))
-    environment = _values(graph, _few(graph, batch))
+    environment = _values(graph, few_samples(graph, batch))
     exact = [environment[out] for out in graph.outputs if isinstance(out, Value)]
     errors: dict[PrunableLayer, list[float]] = {}
     for layer in ctx.track(layers, "sensitivity of layers"):
@@ -63,7 +63,8 @@ def relative_error(results: Sequence[Any], exact: Sequence[Any]) -> float:
     return difference / max(scale, 1e-30)
 
 
-def _few(graph: Graph, batch: Batch) -> list[Tensor]:
+def few_samples(graph: Graph, batch: Batch) -> list[Tensor]:
+    """The first `SAMPLES` samples of a batch, as inputs of the graph."""
     return [
         tensor[:SAMPLES] if 0 in value.free else tensor
         for value, tensor in zip(graph.inputs, batch.inputs, strict=True)

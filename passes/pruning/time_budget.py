@@ -102,7 +102,10 @@ def time_layers(
 
 
 def fragment(node: Node, weight: Tensor) -> Graph:
-    """A graph of one layer alone, with another weight. All its sizes are fixed."""
+    """A graph of one layer alone, with another weight. All its sizes are fixed.
+
+    A quantized layer is taken as if it were not; the time of the whole network puts that right.
+    """
     graph = Graph()
     made: dict[Value, Value] = {}
 
@@ -158,7 +161,7 @@ def sparsities_for_speedup(
         if _miss(best, speedup) <= AIM:
             break
         if tried.speedup < speedup:
-            if budget <= least * (1 + 1e-6):
+            if budget <= least:
                 break
             slow = _Trial(budget, tried.speedup)
         else:
@@ -185,9 +188,9 @@ class _Trial:
 
 def _next_budget(slow: _Trial, fast: _Trial | None, least: float, speedup: float) -> float:
     """Between a budget that was too slow and one that was too fast, where the network's time would
-    be right if it were linear in the budget."""
+    be right if it were linear in the budget; the least of all where none was too fast yet."""
     if fast is None:
-        return max(least, least + (slow.budget - least) * 0.5)
+        return least
     low, high = 1 / fast.speedup, 1 / slow.speedup
     share = min(0.9, max(0.1, (1 / speedup - low) / max(high - low, 1e-12)))
     return fast.budget + (slow.budget - fast.budget) * share
