@@ -49,7 +49,7 @@ class Candidate:
     @property
     def loss(self) -> float:
         """Adds up over layers: the negative logarithm of the share that is kept (Zhang et al.
-        2015, section 2.4)."""
+        2015)."""
         return -math.log(max(1.0 - self.error, 1e-12))
 
 

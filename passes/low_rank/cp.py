@@ -117,12 +117,13 @@ def alternating_least_squares(
 
 def sensitivity(vectors: list[Tensor]) -> float:
     """The expected squared change of the tensor when all entries of the vectors get independent
-    noise of variance 1, to first order (Phan et al. 2020, equation 5)."""
-    norms = [vector.square().sum(dim=0) for vector in vectors]
-    return sum(
-        len(vectors[d]) * prod(norm for k, norm in enumerate(norms) if k != d).sum().item()
-        for d in range(len(vectors))
-    )
+    noise of variance 1, to first order (Phan et al. 2020)."""
+    norms = torch.stack([vector.square().sum(dim=0) for vector in vectors])
+    total = 0.0
+    for d, vector in enumerate(vectors):
+        others = torch.cat([norms[:d], norms[d + 1 :]])
+        total += len(vector) * others.prod(dim=0).sum().item()
+    return total
 
 
 def stabilize(tensor: Tensor, vectors: list[Tensor]) -> list[Tensor]:

@@ -110,8 +110,7 @@ def evbmf_rank(values: Tensor, rows: int, columns: int) -> int:
 
     The global solution of empirical variational Bayesian matrix factorisation, with the variance
     of the noise that minimises the free energy (Nakajima, Sugiyama, Babacan and Tomioka, "Global
-    analytic solution of fully-observed variational Bayesian matrix factorization", JMLR 2013,
-    theorem 2 and corollary 4).
+    analytic solution of fully-observed variational Bayesian matrix factorization", JMLR 2013).
 
     Args:
         values: the singular values, descending; all min(rows, columns) of them.

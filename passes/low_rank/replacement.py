@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def _emit(
             stored = tensor.to(dtype).contiguous()
             return graph.constant(stored, f"{prefix}.{leaf}", trainable=subject.weight.trainable)
 
-        settings = {"name": f"{name}_{place}", "origin": origin}
+        settings: dict[str, Any] = {"name": f"{name}_{place}", "origin": origin}
         if subject.is_embedding and place == 0:
             table = constant(factor.weight.T, "weight")
             padding = subject.node["padding_idx"]
@@ -102,7 +103,7 @@ def _convolve(
     subject: Subject,
     factor: Factor,
     operands: tuple[Value, Value, Value | None],
-    settings: dict[str, object],
+    settings: dict[str, Any],
 ) -> Value:
     def own(values: tuple[int, ...], otherwise: int) -> list[int]:
         return [v if d in factor.dimensions else otherwise for d, v in enumerate(values)]

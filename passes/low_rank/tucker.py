@@ -16,7 +16,6 @@ from torch import Tensor
 
 from graphopt.passes.low_rank.factors import Chain, Factor
 from graphopt.passes.low_rank.matrices import evbmf_rank
-from graphopt.passes.low_rank.search import smallest
 
 SWEEPS = 10
 CONVERGED = 1e-5
@@ -109,8 +108,8 @@ class Tucker:
         lost = (1 - energy) / 2 * self._square
         found = []
         for (squares, _), largest in zip(self._subspaces, self.full, strict=True):
-            tails = squares.flip(0).cumsum(0).flip(0)
-            found.append(smallest(lambda r, t=tails: r >= len(t) or t[r].item() <= lost, largest))
+            tails = torch.nn.functional.pad(squares.flip(0).cumsum(0), (1, 0)).flip(0)
+            found.append(min(largest, max(1, int((tails > lost).sum()))))
         return found[0], found[1]
 
     def evbmf(self) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,6 @@ from torch import nn
 import graphopt
 from graphopt.ir.patterns import Decline
 from graphopt.passes import LowRank
-from graphopt.passes.low_rank.budget import Option, choose
 from graphopt.passes.low_rank.factors import compose
 from graphopt.passes.low_rank.gathering import add_inputs, empty
 from graphopt.passes.low_rank.methods import METHODS, family
@@ -199,38 +196,6 @@ def test_alternating_least_squares_comes_near_the_analytic_optimum():
         chain = problem.improve(chain)
     best = PrincipalOutputs(plain, kernel, moments_of(x @ kernel.T)).error((2,))
     assert problem.error(chain) == pytest.approx(best, rel=1e-3)
-
-
-# -- budgets -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_a_budget_is_met_with_the_least_loss(seed):
-    draw = generator(seed)
-
-    def number() -> float:
-        return torch.rand((), generator=draw).item()
-
-    layers = [[Option(number(), number() ** 3) for _ in range(4)] for _ in range(5)]
-    cheapest = sum(min(option.cost for option in options) for options in layers)
-    budget = cheapest + number()
-    found = choose(layers, budget)
-    assert found is not None
-    options = [row[place] for row, place in zip(layers, found, strict=True)]
-    assert sum(option.cost for option in options) <= budget + 1e-12
-    every = itertools.product(*layers)
-    tight = budget - 5 * (budget - cheapest) / 20_000
-    least = min(sum(o.loss for o in some) for some in every if sum(o.cost for o in some) <= tight)
-    assert sum(option.loss for option in options) <= least + 1e-12
-
-
-def test_budgets_that_leave_no_choice():
-    layers = [[Option(2, 0.0), Option(1, 5.0)], [Option(4, 0.0), Option(3, 1.0)]]
-    assert choose(layers, 4) == [1, 1]
-    assert choose(layers, 3.9) is None
-    assert choose(layers, 6) == [0, 0]
-    assert choose(layers, 5) == [0, 1]
-    assert choose([], 1) == []
 
 
 # -- through the pass ----------------------------------------------------------------------------

@@ -1,0 +1,351 @@
+"""Low-rank decomposition: time for fewer multiply-adds, and what calibration data is worth.
+
+    python benchmarks/lowrank.py speed                     # ResNet-18 and VGG-16, engine and ONNX
+    python benchmarks/lowrank.py speed --networks resnet18 --macs 0.4 --method tucker2
+    python benchmarks/lowrank.py data                      # EfficientNet-Lite0 on photographs
+    python benchmarks/lowrank.py mnist --mnist mnist.npz   # accuracy against multiply-adds
+
+`speed` calls dense and decomposed networks in turn and reports medians, their ratios, and the time
+of every layer. `data` decomposes at the same ranks with and without calibration crops, which come
+from other photographs than those of the evaluation. `mnist` trains a small network and decomposes
+it by every method; the file has the arrays x_train, y_train, x_test and y_test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from inference import ROOT, interleaved, machine
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import graphopt
+from graphopt.flops import count_flops
+from graphopt.passes import LowRank
+from graphopt.passes.low_rank.methods import METHODS
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+SLOWER = 1.05
+"""From which ratio on a layer counts as slower: times of single layers scatter that much."""
+FRACTIONS = (0.75, 0.5, 0.35)
+SHARES = (0.6, 0.4, 0.25, 0.15, 0.1)
+EPOCHS = 2
+
+
+def console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=130)
+
+
+def macs(graph: graphopt.Graph) -> int:
+    return sum(count_flops(node) for node in graph.nodes) // 2
+
+
+# -- speed ---------------------------------------------------------------------------------------
+
+
+def network(name: str) -> nn.Module:
+    from zoo import NETWORKS, import_torchvision
+
+    if name == "vgg16":
+        torch.manual_seed(0)
+        model: nn.Module = import_torchvision().models.vgg16(weights=None).eval()
+        return model
+    return NETWORKS[name].build(224)
+
+
+def session_of(
+    optimized: graphopt.OptimizedModel, path: Path, x: torch.Tensor, threads: int
+) -> Callable[[], Any]:
+    """A call of the exported network in onnxruntime."""
+    import onnxruntime
+
+    optimized.export_onnx(path, verify=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def time_by_layer(optimized: graphopt.OptimizedModel) -> dict[str, float]:
+    """Milliseconds per module of the source."""
+    times: dict[str, float] = defaultdict(float)
+    for layer in optimized.report().layers:
+        times[layer.layer] += layer.time_ms or 0.0
+    return times
+
+
+def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    out = console()
+    records = []
+    x = torch.randn(1, 3, 224, 224)
+    for name in options.networks:
+        model = network(name)
+        if options.speedup:
+            one = LowRank(options.method, speedup=options.speedup)
+        else:
+            one = LowRank(options.method, macs=options.macs)
+        dense = graphopt.optimize(model, x, threads=options.threads)
+        small = graphopt.optimize(model, x, passes=[one], threads=options.threads)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            runs: dict[str, Callable[[], Any]] = {}
+            for what, optimized in (("dense", dense), ("low-rank", small)):
+                runs[f"graphopt {what}"] = lambda one=optimized: one(x)
+                path = Path(folder) / f"{what}.onnx"
+                runs[f"onnxruntime {what}"] = session_of(optimized, path, x, options.threads)
+            seconds = interleaved(runs, options.rounds)
+        decomposed = [row[0] for row in small.report().passes[-1].rows]
+        record = {
+            "network": name,
+            "macs": macs(small.graph) / macs(dense.graph),
+            "seconds": seconds,
+            "layers": compare_layers(dense, small, decomposed, options.rounds),
+        }
+        records.append(record)
+        out.print(small.report().passes[-1])
+        show_speed(out, record)
+    return records
+
+
+def compare_layers(
+    dense: graphopt.OptimizedModel,
+    small: graphopt.OptimizedModel,
+    decomposed: Sequence[str],
+    rounds: int,
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds of every decomposed layer before and after, the least of several turns."""
+    turns = [(time_by_layer(dense), time_by_layer(small)) for _ in range(rounds)]
+    return {
+        layer: (min(d[layer] for d, _ in turns), min(s[layer] for _, s in turns))
+        for layer in decomposed
+    }
+
+
+def show_speed(out: Console, record: dict[str, Any]) -> None:
+    table = Table(title=f"{record['network']}: ms of every layer")
+    for column in ("layer", "dense", "low-rank", "ratio", ""):
+        table.add_column(column, justify="left" if column in ("layer", "") else "right")
+    for layer, (before, after) in record["layers"].items():
+        slower = "slower" if after > SLOWER * before else ""
+        table.add_row(layer, f"{before:.3f}", f"{after:.3f}", f"{after / before:.2f}", slower)
+    out.print(table)
+    table = Table(title=f"{record['network']}: {record['macs']:.1%} of the multiply-adds")
+    for column in ("backend", "dense ms", "low-rank ms", "ratio"):
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    for backend in ("graphopt", "onnxruntime"):
+        before, after = (record["seconds"][f"{backend} {w}"] for w in ("dense", "low-rank"))
+        cells = (f"{before * 1e3:.2f}", f"{after * 1e3:.2f}", f"{after / before:.3f}")
+        table.add_row(backend, *cells)
+    out.print(table)
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+
+def data(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from photographs import CALIBRATION, EVALUATION, crops
+
+    from graphopt.demo import load_model
+
+    model = load_model()
+    calibration = list(crops(CALIBRATION, options.crops).split(16))
+    images = crops(EVALUATION, options.evaluation).split(25)
+    exact = torch.cat([_scores(model, batch) for batch in images])
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "data": {"data": calibration},
+        "data, asymmetric": {"data": calibration, "asymmetric": True},
+    }
+    records = []
+    for fraction in options.fractions:
+        for name, settings in variants.items():
+            one = LowRank("svd", rank=fraction, only_faster=False, **settings)
+            optimized = graphopt.optimize(model, images[0], passes=[one])
+            found = torch.cat([_scores(optimized, batch) for batch in images])
+            noise = (found - exact).square().sum() / exact.square().sum()
+            same = found.argmax(dim=1) == exact.argmax(dim=1)
+            share = macs(optimized.graph) / macs(graphopt.optimize(model, images[0]).graph)
+            records.append(
+                {
+                    "rank": fraction,
+                    "variant": name,
+                    "macs": share,
+                    "sqnr_db": -10 * math.log10(noise.item()),
+                    "agreement": same.double().mean().item(),
+                }
+            )
+    table = Table(title=f"EfficientNet-Lite0, SVD, {options.evaluation} crops of photographs")
+    for column in ("rank", "variant", "MACs", "SQNR of the scores, dB", "same class"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for record in records:
+        table.add_row(
+            f"{record['rank']:g}",
+            record["variant"],
+            f"{record['macs']:.0%}",
+            f"{record['sqnr_db']:.1f}",
+            f"{record['agreement']:.1%}",
+        )
+    console().print(table)
+    return records
+
+
+def _scores(model: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scores: torch.Tensor = model(x)
+    return scores
+
+
+# -- mnist ---------------------------------------------------------------------------------------
+
+
+def trained(x: torch.Tensor, y: torch.Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 49, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+    batches = [b for _ in range(EPOCHS) for b in torch.randperm(len(x)).split(128)]
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, len(batches))
+    for batch in track(batches, "training"):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def mnist(options: argparse.Namespace) -> list[dict[str, Any]]:
+    arrays = np.load(options.mnist)
+    images = {
+        split: torch.from_numpy(arrays[f"x_{split}"])[:, None].float() / 255 - 0.5
+        for split in ("train", "test")
+    }
+    labels = {s: torch.from_numpy(arrays[f"y_{s}"]).long() for s in ("train", "test")}
+    model = trained(images["train"], labels["train"])
+    calibration = list(images["train"][:512].split(128))
+
+    def accuracy(one: Any) -> float:
+        scores = torch.cat([_scores(one, batch) for batch in images["test"].split(1000)])
+        return (scores.argmax(dim=1) == labels["test"]).double().mean().item()
+
+    example = images["test"][:1000]
+    dense = graphopt.optimize(model, example)
+    records = [{"method": "dense", "data": False, "macs": 1.0, "accuracy": accuracy(dense)}]
+    methods = [method for method in ("auto", *METHODS) if method != "svd"]
+    jobs = [(m, d, s) for m in methods for d in (False, True) for s in options.shares]
+    for method, on_data, share in track(jobs, "decomposing"):
+        both = method if method == "auto" else (method, "svd")  # "svd" for the linear layers
+        one = LowRank(both if method != "channel" else "svd", macs=share, only_faster=False,
+                      data=calibration if on_data else None)  # fmt: skip
+        try:
+            small = graphopt.optimize(model, example, passes=[one])
+        except graphopt.Error as error:
+            if "budget cannot be met" not in str(error):
+                raise
+            continue
+        part = macs(small.graph) / macs(dense.graph)
+        records.append(
+            {"method": method, "data": on_data, "macs": part, "accuracy": accuracy(small)}
+        )
+    show_mnist(records, options.shares)
+    plot_mnist(records, options.out / "lowrank-mnist.png")
+    return records
+
+
+def show_mnist(records: list[dict[str, Any]], shares: Sequence[float]) -> None:
+    dense, *others = records
+    table = Table(title=f"MNIST: accuracy at multiply-adds, without training (dense "
+                  f"{dense['accuracy']:.2%})")  # fmt: skip
+    table.add_column("method")
+    table.add_column("data")
+    for share in shares:
+        table.add_column(f"{share:.0%}", justify="right")
+    for method, on_data in dict.fromkeys((r["method"], r["data"]) for r in others):
+        own = [r for r in others if (r["method"], r["data"]) == (method, on_data)]
+        cells = []
+        for share in shares:
+            fitting = [r for r in own if r["macs"] <= share + 1e-9]
+            near = max(fitting, key=lambda r: r["macs"], default=None)
+            cells.append("" if near is None else f"{near['accuracy']:.2%}")
+        table.add_row(method, "yes" if on_data else "", *cells)
+    console().print(table)
+
+
+def plot_mnist(records: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    dense, *others = records
+    for axis, on_data in zip(axes, (False, True), strict=True):
+        for method in dict.fromkeys(r["method"] for r in others):
+            own = [r for r in others if r["method"] == method and r["data"] == on_data]
+            own = sorted([*own, dense], key=lambda r: r["macs"])
+            axis.plot([r["macs"] for r in own], [r["accuracy"] for r in own], ".-", label=method)
+        axis.set_title("with calibration data" if on_data else "from the weights alone")
+        axis.set_xlabel("multiply-adds left")
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("speed", "data", "mnist"))
+    parser.add_argument("--networks", nargs="+", default=["resnet18", "vgg16"])
+    parser.add_argument("--method", default="auto")
+    parser.add_argument("--macs", type=float, default=0.5)
+    parser.add_argument("--speedup", type=float, help="a budget of time instead of multiply-adds")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--crops", type=int, default=64, help="for calibration")
+    parser.add_argument("--evaluation", type=int, default=300, help="crops")
+    parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    parser.add_argument("--mnist", type=Path, default=Path("mnist.npz"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = {"speed": speed, "data": data, "mnist": mnist}[options.what](options)
+    file = options.out / f"lowrank-{options.what}.json"
+    file.write_text(json.dumps({"machine": machine(), "records": records}, indent=1))
+    console().print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    main()
