@@ -7,6 +7,7 @@ imported and compiled from there. The next process loads the object code in mill
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -16,6 +17,9 @@ import platform
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,16 @@ _HELPERS = (
 )
 """The modules whose content becomes part of every kernel."""
 
+
+@dataclass(frozen=True)
+class Source:
+    """What `build` is given."""
+
+    name: str
+    text: str
+
+
+_wanted: ContextVar[dict[str, Source] | None] = ContextVar("wanted", default=None)
 _entries: dict[str, Entry] = {}
 _lock = threading.RLock()
 _compilations = itertools.count()
@@ -52,11 +66,33 @@ def build(name: str, text: str) -> Entry:
     in this process and on disk; safe to call from several threads and processes at once.
     """
     key = _key(name, text)
+    wanted = _wanted.get()
+    if wanted is not None:
+        wanted[key] = Source(name, text)
+        return Entry(0, name)
     with _lock:
         entry = _entries.get(key)
         if entry is None:
             entry = _entries[key] = _compile(name, text, key)
     return entry
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[dict[str, Source]]:
+    """Meanwhile `build` compiles nothing, but notes by key what it is asked for; its entries must
+    not be called."""
+    wanted: dict[str, Source] = {}
+    token = _wanted.set(wanted)
+    try:
+        yield wanted
+    finally:
+        _wanted.reset(token)
+
+
+def is_compiled(key: str) -> bool:
+    """Whether machine code for a key of `collecting` is in this process or on disk."""
+    folder = cache.path("kernels", key, "__pycache__")
+    return key in _entries or any(folder.glob("*.nbc"))
 
 
 def _key(name: str, text: str) -> str:

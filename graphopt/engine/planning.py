@@ -17,9 +17,19 @@ from graphopt.engine.builder import ProgramBuilder
 from graphopt.engine.lowering import lower
 from graphopt.engine.program import Program
 from graphopt.engine.selection import Selection
-from graphopt.engine.work import AliasWork, CallBackWork, Derived, KernelWork, Work
+from graphopt.engine.threads import default_threads
+from graphopt.engine.work import (
+    AliasWork,
+    CallBackWork,
+    ConstantWork,
+    Derived,
+    KernelWork,
+    Work,
+)
 from graphopt.errors import Error
 from graphopt.ir import Graph, Node, ScalarType, TensorType, Value
+from graphopt.kernels import source
+from graphopt.kernels.compile_ahead import compile_ahead
 from graphopt.kernels.registry import Candidate
 
 ALONE_BELOW = 40e-6
@@ -133,12 +143,12 @@ def compile_graph(
         if value in read or value.is_output:
             assert value.constant is not None
             writer.builder.add_constant(value, value.constant)
-    for work in works:
+    for work, contenders in zip(works, writer.contenders(works), strict=True):
         for value in work.outputs:
             kind = types[value]
             assert isinstance(kind, TensorType)
             writer.declare(work, value, kind)
-        writer.add(work)
+        writer.add(work, contenders)
     literals: list[Any] = []
     for output in graph.outputs:
         result = types[output] if isinstance(output, Value) else output
@@ -166,9 +176,33 @@ class _Writer:
         before = like.steps if like is not None else ()
         self.chosen_before = {step.nodes: step.kernel for step in before}
 
+    def contenders(self, works: Sequence[Work]) -> list[list[Candidate]]:
+        """For each work the candidates that may solve its problem, none where no kernel has to.
+        Those that will be timed are compiled, many at once.
+
+        Another size of the same graph takes the kernels that were chosen for the first.
+        """
+        contenders: list[list[Candidate]] = []
+        with source.collecting() as wanted:
+            for work in works:
+                contenders.append([])
+                if isinstance(work, KernelWork) and any(o.size for o in work.problem.outputs):
+                    prefer = self.chosen_before.get(work.nodes)
+                    contenders[-1] = selecting.contenders(
+                        work.problem, self.threads, self.selection, prefer
+                    )
+                if len(contenders[-1]) > 1:
+                    for candidate in contenders[-1]:
+                        candidate.build(self.threads)
+        compile_ahead(wanted, default_threads())
+        return contenders
+
     def declare(self, work: Work, value: Value, kind: TensorType) -> None:
         if isinstance(work, AliasWork):
             self.builder.add_alias(value, work.of, kind.shape, kind.dtype, work.offset)
+            return
+        if isinstance(work, ConstantWork):
+            self.builder.add_constant(value, work.evaluate())
             return
         shape = kind.shape
         if isinstance(work, KernelWork):
@@ -178,9 +212,10 @@ class _Writer:
                 shape = operand.memory
         self.builder.add_buffer(value, shape, kind.dtype)
 
-    def add(self, work: Work) -> None:
+    def add(self, work: Work, contenders: Sequence[Candidate]) -> None:
         if isinstance(work, KernelWork):
-            self._add_kernel(work)
+            if contenders:
+                self._add_kernel(work, contenders)
         elif isinstance(work, CallBackWork):
             label = f"torch: {work.node.op}"
             # A result that nobody uses may have another shape than its type says: batch norm's
@@ -189,13 +224,9 @@ class _Writer:
             self.builder.add_call_back(work.function, work.inputs, wanted, label=label)
             self.steps.append(PlanStep(label, (work.node,), True))
 
-    def _add_kernel(self, work: KernelWork) -> None:
-        if not any(operand.size for operand in work.problem.outputs):
-            return
+    def _add_kernel(self, work: KernelWork, contenders: Sequence[Candidate]) -> None:
         arrays = [_array(value) for value in work.inputs]
-        # Another size of the same graph takes the kernels that were chosen for the first.
-        prefer = self.chosen_before.get(work.nodes)
-        chosen = selecting.choose(work.problem, arrays, self.threads, self.selection, prefer)
+        chosen = selecting.decide(contenders, arrays, self.threads)
         for value in work.inputs:
             if isinstance(value, Derived):
                 self.builder.add_constant(value, value.constant)

@@ -69,11 +69,18 @@ def choose(
     selection: Selection,
     prefer: str | None = None,
 ) -> Candidate:
-    """The kernel for a problem.
+    """The kernel for a problem: `contenders`, then `decide`."""
+    return decide(contenders(problem, threads, selection, prefer), constants, threads)
+
+
+def contenders(
+    problem: Problem, threads: int, selection: Selection, prefer: str | None = None
+) -> list[Candidate]:
+    """The candidates among which times that are to be measured decide; only one where nothing is
+    to be measured.
 
     Args:
         problem: what is to be solved.
-        constants: the array of each input that is constant, None for the others.
         threads: size of the team.
         selection: how to choose.
         prefer: the kernel to take if it is a candidate.
@@ -86,27 +93,32 @@ def choose(
         raise SelectionError(f"no kernel solves {problem.key()}")
     preferred = next((c for c in found if c.kernel == prefer), None)
     if preferred is not None or len(found) == 1 or not selection.measure:
-        return preferred or found[0]
+        return [preferred or found[0]]
     best = found[0].estimate * CLEARLY_WORSE
     timed = [candidate for candidate in found[:TIMED_CANDIDATES] if candidate.estimate <= best]
-    times = _times(timed, constants, threads)
-    return min(timed, key=lambda candidate: times[_key(candidate, threads)])
+    with _lock:
+        times = [_table().get(_key(candidate, threads)) for candidate in timed]
+    known = [seconds for seconds in times if seconds is not None]
+    return [timed[times.index(min(known))]] if len(known) == len(timed) else timed
 
 
-def _times(
+def decide(
     timed: Sequence[Candidate], constants: Sequence[np.ndarray | None], threads: int
-) -> dict[str, float]:
-    """Seconds of each candidate, by key: remembered, or measured all together."""
-    keys = [_key(candidate, threads) for candidate in timed]
+) -> Candidate:
+    """The fastest of the contenders, by times that are measured now and remembered.
+
+    Args:
+        timed: from `contenders`.
+        constants: the array of each input that is constant, None for the others.
+        threads: size of the team.
+    """
+    if len(timed) == 1:
+        return timed[0]
+    times = measure(timed, constants, threads)
     with _lock:
-        table = _table()
-        if all(key in table for key in keys):
-            return {key: table[key] for key in keys}
-    measured = dict(zip(keys, measure(timed, constants, threads), strict=True))
-    with _lock:
-        _table().update(measured)
-        _unsaved.update(measured)
-    return measured
+        for candidate, seconds in zip(timed, times, strict=True):
+            _table()[_key(candidate, threads)] = _unsaved[_key(candidate, threads)] = seconds
+    return timed[times.index(min(times))]
 
 
 def measure(
