@@ -15,10 +15,19 @@ from graphopt.passes.linear_merging import MergeLinears
 from graphopt.passes.low_rank.low_rank import LowRank
 from graphopt.passes.padding_folding import FoldPadding
 from graphopt.passes.pruning.prune import Prune
+from graphopt.passes.quantization.batch_norm_reestimation import BatchNormReestimation
+from graphopt.passes.quantization.bias_absorption import HighBiasAbsorption
+from graphopt.passes.quantization.bias_correction import BiasCorrection
+from graphopt.passes.quantization.equalisation import CrossLayerEqualisation
+from graphopt.passes.quantization.quantize import Quantize
+from graphopt.passes.quantization.smooth import SmoothQuant
+from graphopt.passes.quantization.weight_only import Gptq, Reconstruction
 from graphopt.passes.simplification import Simplification
 
 __all__ = [
     "EXACT",
+    "BatchNormReestimation",
+    "BiasCorrection",
     "CanonicalizeActivations",
     "CanonicalizeAttention",
     "CanonicalizeEinsum",
@@ -26,15 +35,21 @@ __all__ = [
     "CanonicalizeLinear",
     "CommonSubexpressions",
     "ConstantFolding",
+    "CrossLayerEqualisation",
     "DeadCode",
     "DecomposeBatchNorm",
     "FoldBatchNorm",
     "FoldChannelAffine",
     "FoldPadding",
+    "Gptq",
+    "HighBiasAbsorption",
     "LowRank",
     "MergeLinears",
     "Prune",
+    "Quantize",
+    "Reconstruction",
     "Simplification",
+    "SmoothQuant",
 ]
 
 # What `graphopt.optimize` runs before and after the passes that it is given: patterns are looked

@@ -96,7 +96,7 @@ def test_mistakes_are_explained(
 def test_passes_are_listed_with_options_and_summaries(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("COLUMNS", "2000")
     assert cli.main(["passes"]) == 0
     out = capsys.readouterr().out
     assert registered_passes()

@@ -1,0 +1,92 @@
+"""High-bias absorption: what a ReLU nearly always lets through moves into the next layer's bias.
+
+Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from graphopt.calibration import CalibrationData, observe
+from graphopt.errors import PassError
+from graphopt.ir import Graph, Node
+from graphopt.passes.layers import Layer, layer_of, rewrite_layer
+from graphopt.passes.quantization.batch_norm_reestimation import Moments
+from graphopt.pipeline import Context
+from graphopt.registry import register_pass
+
+
+@register_pass("high-bias-absorption", accuracy="lossy")
+@dataclass(frozen=True)
+class HighBiasAbsorption:
+    """Lowers biases before ReLUs whose channels are nearly always far above zero.
+
+    A channel is lowered by its mean less three standard deviations, where that is positive; the
+    layers behind the ReLU get the difference into their biases. It is exact for all numbers above
+    that, which leaves the network's function as it is but for rare outliers, and makes the range
+    that is to be quantized smaller. Run it after cross-layer equalisation.
+
+    Attributes:
+        data: calibration data.
+        deviations: how many standard deviations are kept below the mean.
+    """
+
+    data: Any = None
+    deviations: float = 3.0
+
+    def run(self, graph: Graph, ctx: Context) -> bool:
+        if self.data is None:
+            raise PassError("HighBiasAbsorption needs calibration data; pass data=")
+        links = [link for node in graph.nodes if (link := _link(node)) is not None]
+        if not links:
+            return False
+        moments = {writer.node.output: Moments(writer.output_dimension) for writer, _ in links}
+        observe(graph, CalibrationData(self.data), moments, ctx, "moments of channels")
+        changed = False
+        for name, readers in [(w.node.output, [r.node for r in rs]) for w, rs in links]:
+            assert name.producer is not None
+            changed |= self._absorb(graph, name.producer, readers, moments[name])
+        return changed
+
+    def _absorb(self, graph: Graph, node: Node, readers: list[Node], moments: Moments) -> bool:
+        mean, variance = moments.mean_and_variance()
+        absorbed = (mean - self.deviations * variance.sqrt()).clamp_min(0)
+        if not absorbed.any():
+            return False
+        with graph.edit():
+            # Layers are looked up anew: one may be a reader here and a writer elsewhere.
+            for reader in map(layer_of, readers):
+                assert isinstance(reader, Layer)
+                taps = reader.taps()
+                rewrite_layer(graph, reader, taps, reader.offsets() + _through(taps, absorbed))
+            writer = layer_of(node)
+            assert isinstance(writer, Layer)
+            rewrite_layer(graph, writer, writer.taps(), writer.offsets() - absorbed)
+        return True
+
+
+def _through(taps: Tensor, shift: Tensor) -> Tensor:
+    """What a shift of every input channel becomes at the output, [output channels]."""
+    groups, _, inputs, _ = taps.shape
+    return (taps.sum(3) @ shift.reshape(groups, inputs, 1)).reshape(-1)
+
+
+def _link(node: Node) -> tuple[Layer, list[Layer]] | None:
+    """A layer before a ReLU, and the layers that alone read that; without zero padding, which a
+    shift does not reach."""
+    writer = layer_of(node)
+    if not isinstance(writer, Layer) or node.output.is_output:
+        return None
+    relu = node.output.only_user()
+    if relu is None or relu.op != "aten.relu" or relu.output.is_output:
+        return None
+    readers = [layer_of(user) for user in relu.output.users]
+    found = [r for r in readers if isinstance(r, Layer) and r.input is relu.output]
+    alike = all(
+        not reader.has_padding and reader.input_dimension == writer.output_dimension
+        for reader in found
+    )
+    return (writer, found) if found and alike and len(found) == len(readers) else None
