@@ -9,6 +9,7 @@ from graphopt.kernels import (
     copy,
     depthwise,
     direct_convolution,
+    dynamic_matmul,
     gather,
     integer_convolution,
     integer_layout,
@@ -21,8 +22,10 @@ from graphopt.kernels import (
     reduction,
     softmax,
     sparse_convolution,
+    sparse_integer_convolution,
     sparse_matmul,
     sparse_vector,
+    weight_only_matmul,
     winograd,
 )
 from graphopt.kernels.registry import candidates
@@ -34,6 +37,7 @@ __all__ = [
     "copy",
     "depthwise",
     "direct_convolution",
+    "dynamic_matmul",
     "gather",
     "integer_convolution",
     "integer_layout",
@@ -46,7 +50,9 @@ __all__ = [
     "reduction",
     "softmax",
     "sparse_convolution",
+    "sparse_integer_convolution",
     "sparse_matmul",
     "sparse_vector",
+    "weight_only_matmul",
     "winograd",
 ]

@@ -318,14 +318,14 @@ def _lines(tile: TileShape, finish: Requantization) -> list[str]:
     parts = {
         "prologue": finish.prologue(),
         "share": SHARE,
-        "target": _target_lines(finish),
+        "target": target_lines(finish),
         "whole": _tile_lines(tile.height, tile.width, finish),
         "single": _tile_lines(tile.height, 1, finish),
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
 
 
-def _target_lines(finish: Requantization) -> list[str]:
+def target_lines(finish: Requantization) -> list[str]:
     """Lines that find where the results of a tile go."""
     lines = ["columns = pixels - vector * LANES"]
     if finish.floating:
@@ -347,20 +347,29 @@ def _tile_lines(height: int, width: int, finish: Requantization) -> list[str]:
         products += [f"s{row}_{column} = dot(v{column}, w, s{row}_{column})" for column in columns]
     bias = "broadcast(read(own + {}, INT32), INT32)"
     begin = [f"s{row}_{column} = {bias.format(4 * row)}" for row in rows for column in columns]
+    parts = {"begin": begin, "products": products, "end": finish_lines(height, width, finish)}
+    return fill(_TILE, parts, {"HEIGHT": height})
+
+
+def finish_lines(height: int, width: int, finish: Requantization) -> list[str]:
+    """Lines that finish the sums of a tile, in the variables ``s{row}_{vector}``.
+
+    ``own`` is where its biases and multipliers are; they follow `target_lines`.
+    """
     end: list[str] = []
     for first in range(0, height, GROUP):
         lines = [
             f"m{row} = broadcast(read(own + {4 * (height + first + row)}, FLOAT32), FLOAT32)"
             for row in range(GROUP)
         ]
-        sums = [[f"s{first + row}_{column}" for row in range(GROUP)] for column in columns]
+        sums = [[f"s{first + row}_{column}" for row in range(GROUP)] for column in range(width)]
         lines += finish.tile_lines(sums, first)
         if first:
             step = [f"c += {GROUP} * out_plane"] if finish.floating else ["c += out_plane"]
             more = ["e += out_plane"] if finish.residual else []
             lines = [f"if rows > {first}:", *indent(1, [*step, *more, *lines])]
         end += lines
-    return fill(_TILE, {"begin": begin, "products": products, "end": end}, {"HEIGHT": height})
+    return end
 
 
 _TILE = """

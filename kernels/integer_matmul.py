@@ -46,10 +46,6 @@ class IntegerMatmulCandidate(Candidate):
 
     problem: IntegerMatmulProblem
 
-    @property
-    def _tiles(self) -> int:
-        return math.ceil(self.problem.inputs[1].shape[0] / (TILE.width * LANES))
-
     def packing(self) -> tuple[()]:
         return ()
 
@@ -59,39 +55,66 @@ class IntegerMatmulCandidate(Candidate):
         assert multiplier is not None
         assert bias is not None
         assert numbers is not None
-        columns = TILE.width * LANES
-        words = math.ceil(weight.shape[1] / GROUP)
-        padded = np.zeros((self._tiles * columns, words * GROUP), np.int8)
-        padded[: weight.shape[0], : weight.shape[1]] = weight
-        packed = aligned_empty((self._tiles, words, columns, GROUP), np.int8)
-        packed[...] = padded.reshape(self._tiles, columns, words, GROUP).swapaxes(1, 2)
-        finish = aligned_empty((self._tiles, 2, columns), np.int32)
-        rows = (corrected_bias(weight, bias, numbers), multiplier.view(np.int32))
-        for place, row in enumerate(rows):
-            whole = np.zeros(self._tiles * columns, np.int32)
-            whole[: len(row)] = row
-            finish[:, place] = whole.reshape(self._tiles, columns)
-        return [packed, finish, pack_numbers(numbers)]
+        rows = (corrected_bias(weight, bias, numbers), multiplier)
+        return [pack_weight(weight), pack_features(rows), pack_numbers(numbers)]
 
     def build(self, threads: int) -> tuple[Step, ...]:
         (y,) = self.problem.outputs
-        outputs, depth = self.problem.inputs[1].shape
-        rows = math.prod(y.shape[:-1])
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        # Few tiles of features are shared by cutting the rows, too.
-        blocks = math.ceil(threads / self._tiles) if parallel else 1
-        values: dict[str, Argument] = {
-            "x": Input(0), "weight": Packed(0), "finish": Packed(1), "numbers": Packed(2),
-            "y": Output(0), "rows": rows, "depth": depth, "outputs": outputs,
-            "words": math.ceil(depth / GROUP), "blocks": blocks, "tasks": self._tiles * blocks,
-        }  # fmt: skip
-        block = Arguments()
-        for name, value in values.items():
-            block.add(name, value)
-        floating = y.dtype == "float32"
-        text = kernel_text(block, _lines(floating), VOCABULARY)
-        entry = source.build(f"integer_matmul_{y.dtype}", text)
-        return (Step(entry, tuple(block.values), parallel),)
+        weight, rows = self.problem.inputs[1].shape, math.prod(y.shape[:-1])
+        finish = "floating" if y.dtype == "float32" else "bytes"
+        more: dict[str, Argument] = {"x": Input(0), "numbers": Packed(2)}
+        return (product_step(weight, rows, finish, more, threads if parallel else 1),)
+
+
+def pack_weight(weight: np.ndarray) -> np.ndarray:
+    """An int8 weight (N, K) as (tile of features, word of the depth, feature, 4)."""
+    tiles, columns = _tiles(len(weight)), TILE.width * LANES
+    words = math.ceil(weight.shape[1] / GROUP)
+    padded = np.zeros((tiles * columns, words * GROUP), np.int8)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    packed = aligned_empty((tiles, words, columns, GROUP), np.int8)
+    packed[...] = padded.reshape(tiles, columns, words, GROUP).swapaxes(1, 2)
+    return packed
+
+
+def pack_features(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of words (N,) as (tile of features, row, feature)."""
+    tiles, columns = _tiles(len(rows[0])), TILE.width * LANES
+    packed = aligned_empty((tiles, len(rows), columns), np.int32)
+    for place, row in enumerate(rows):
+        whole = np.zeros(tiles * columns, np.int32)
+        whole[: len(row)] = row.view(np.int32)
+        packed[:, place] = whole.reshape(tiles, columns)
+    return packed
+
+
+def _tiles(outputs: int) -> int:
+    return math.ceil(outputs / (TILE.width * LANES))
+
+
+def product_step(
+    weight: tuple[int, ...], rows: int, finish: str, more: dict[str, Argument], threads: int
+) -> Step:
+    """The step that multiplies ``rows`` rows of bytes with a weight (N, K).
+
+    ``more`` has where the rows are, ``x``, and what ``finish`` needs: for ``bytes`` the
+    ``numbers``, for ``dynamic`` the ``scales`` of the rows, for ``floating`` nothing.
+    """
+    outputs, depth = weight
+    tiles = _tiles(outputs)
+    # Few tiles of features are shared by cutting the rows, too.
+    blocks = math.ceil(threads / tiles)
+    values: dict[str, Argument] = {
+        "weight": Packed(0), "finish": Packed(1), "y": Output(0), **more,
+        "rows": rows, "depth": depth, "outputs": outputs,
+        "words": math.ceil(depth / GROUP), "blocks": blocks, "tasks": tiles * blocks,
+    }  # fmt: skip
+    block = Arguments()
+    for name, value in values.items():
+        block.add(name, value)
+    entry = source.build(f"integer_matmul_{finish}", kernel_text(block, _lines(finish), VOCABULARY))
+    return Step(entry, tuple(block.values), threads > 1)
 
 
 @register(IntegerMatmulProblem)
@@ -102,18 +125,22 @@ def candidates(problem: IntegerMatmulProblem) -> list[Candidate]:
     rows = math.prod(problem.outputs[0].shape[:-1])
     if not outputs or not depth or not rows or depth >= _MOST_DEPTH:
         return []
-    tiles = math.ceil(outputs / (TILE.width * LANES))
-    whole, rest = divmod(rows, TILE.height)
-    steps = tiles * math.ceil(depth / GROUP) * TILE.width * (whole * TILE.height + rest * 1.2)
-    finish = tiles * rows * TILE.width * 8
-    seconds = max(steps + finish, outputs * depth / _BYTES_PER_CYCLE) / CYCLES_PER_SECOND
+    seconds = product_cycles(rows, depth, outputs) / CYCLES_PER_SECOND
     return [IntegerMatmulCandidate("integer matmul", problem, seconds)]
 
 
-def _lines(floating: bool) -> list[str]:
+def product_cycles(rows: int, depth: int, outputs: int) -> float:
+    """Cycles of all tasks together, roughly."""
+    tiles = _tiles(outputs)
+    whole, rest = divmod(rows, TILE.height)
+    steps = tiles * math.ceil(depth / GROUP) * TILE.width * (whole * TILE.height + rest * 1.2)
+    return max(steps + tiles * rows * TILE.width * 8, outputs * depth / _BYTES_PER_CYCLE)
+
+
+def _lines(finish: str) -> list[str]:
     """The kernel's body."""
     prologue = []
-    if not floating:
+    if finish == "bytes":
         prologue = [
             "low = broadcast(read(numbers + 4, FLOAT32), FLOAT32)",
             "high = broadcast(read(numbers + 8, FLOAT32), FLOAT32)",
@@ -122,14 +149,19 @@ def _lines(floating: bool) -> list[str]:
     parts = {
         "prologue": prologue,
         "share": SHARE,
-        "whole": _tile_lines(TILE.height, floating),
-        "single": _tile_lines(1, floating),
+        "whole": _tile_lines(TILE.height, finish),
+        "single": _tile_lines(1, finish),
     }
-    sizes = {"HEIGHT": TILE.height, "COLUMNS": TILE.width * LANES, "ITEM": 4 if floating else 1}
+    sizes = {
+        "HEIGHT": TILE.height,
+        "COLUMNS": TILE.width * LANES,
+        "ITEM": 1 if finish == "bytes" else 4,
+        "FINISH": 3 if finish == "dynamic" else 2,
+    }
     return fill(_BODY, parts, sizes)
 
 
-def _tile_lines(height: int, floating: bool) -> list[str]:
+def _tile_lines(height: int, finish: str) -> list[str]:
     """Lines that multiply the ``height`` rows at ``a`` with the tile of the weight at ``b``."""
     rows, columns = range(height), range(TILE.width)
 
@@ -148,16 +180,27 @@ def _tile_lines(height: int, floating: bool) -> list[str]:
         for column in columns
     ]
     end: list[str] = []
+    if finish == "dynamic":
+        end = [
+            f"scale{row} = broadcast(read(scales + 4 * (row + {row}), FLOAT32), FLOAT32)"
+            for row in rows
+        ]
     for column in columns:
         place = 4 * LANES * (TILE.width + column)
         end += [
             f"m = load(own + {place}, FLOAT32)",
             f"mask = mask_first(outputs - feature - {LANES * column}, FLOAT32)",
         ]
+        if finish == "dynamic":
+            end.append(f"bias = load(own + {place + 4 * LANES * TILE.width}, FLOAT32)")
         for row in rows:
-            target = f"c + {row} * c_row + {(4 if floating else 1) * LANES * column}"
-            end.append(f"t = convert(s{row}_{column}, FLOAT32) * m")
-            if not floating:
+            target = f"c + {row} * c_row + {(1 if finish == 'bytes' else 4) * LANES * column}"
+            sum = f"convert(s{row}_{column}, FLOAT32)"
+            if finish == "dynamic":
+                end.append(f"t = {sum} * (m * scale{row}) + bias")
+            else:
+                end.append(f"t = {sum} * m")
+            if finish == "bytes":
                 end.append("bits = rounded_bits(at_most(at_least(t, low), high)) + zero_point")
                 end.append("t = convert(bits, UINT8)")
             end.append(f"store_masked({target}, t, mask)")
@@ -196,7 +239,7 @@ while task < stop:
     last_row = (row_block + 1) * rows // blocks
     feature = tile * COLUMNS
     b = weight + tile * words * 4 * COLUMNS
-    own = finish + tile * 8 * COLUMNS
+    own = finish + tile * 4 * FINISH * COLUMNS
     while row < last_row:
         a = x + row * depth
         c = y + row * c_row + ITEM * feature

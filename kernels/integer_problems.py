@@ -228,3 +228,74 @@ class IntegerMatmulProblem(Problem):
             and _constant(numbers, "float32", (len(NUMBERS),))
         ):
             raise ValueError("the weight, or what finishes the sums, is no constant of its dtype")
+
+
+@dataclass(frozen=True)
+class WeightOnlyMatmulProblem(Problem):
+    """A linear layer of float32 rows with a quantized weight: ``x @ (weight * scale).T + bias``.
+
+    Inputs are x (*, K), plain float32, and the constants weight (N, K), int8, of which only
+    ``bits`` bits are used, scale (N, ceil(K / group)), float32, one for every ``group`` inputs, and
+    bias (N,), float32. The output (*, N) is plain float32.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    bits: int
+    group: int
+
+    @property
+    def flops(self) -> int:
+        return self.outputs[0].size * 2 * self.inputs[1].shape[1]
+
+    def check(self) -> None:
+        """Raise ValueError where the operands do not belong together."""
+        x, weight, scale, bias = self.inputs
+        (y,) = self.outputs
+        outputs, depth = weight.shape
+        if x != Operand.plain("float32", (*x.shape[:-1], depth)):
+            raise ValueError(f"the rows are {x}, of a weight {weight.shape}")
+        if y != Operand.plain("float32", (*x.shape[:-1], outputs)):
+            raise ValueError(f"the output is {y}")
+        if not (
+            _constant(weight, "int8", weight.shape)
+            and _constant(scale, "float32", (outputs, math.ceil(depth / self.group)))
+            and _constant(bias, "float32", (outputs,))
+        ):
+            raise ValueError("the weight, its scales or the bias are no constants of their dtypes")
+
+
+@dataclass(frozen=True)
+class DynamicMatmulProblem(Problem):
+    """A linear layer of float32 rows, each quantized with a scale of its own, and an int8 weight.
+
+    A row's ``scale`` is its largest magnitude divided by 127, at least ``least_scale``, and its
+    steps are ``round_half_even(x / scale)``, between -127 and 127. Inputs are x (*, K), plain
+    float32, and the constants weight (N, K), int8, multiplier (N,), float32, the weight's scales,
+    and bias (N,), float32. The output (*, N), plain float32, is ``float32(sum) * (multiplier *
+    scale) + bias``, where every operation is rounded once.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    least_scale: float
+
+    @property
+    def flops(self) -> int:
+        return self.outputs[0].size * (2 * self.inputs[1].shape[1] + 4)
+
+    def check(self) -> None:
+        """Raise ValueError where the operands do not belong together."""
+        x, weight, multiplier, bias = self.inputs
+        (y,) = self.outputs
+        outputs, depth = weight.shape
+        if x != Operand.plain("float32", (*x.shape[:-1], depth)):
+            raise ValueError(f"the rows are {x}, of a weight {weight.shape}")
+        if y != Operand.plain("float32", (*x.shape[:-1], outputs)):
+            raise ValueError(f"the output is {y}")
+        if not (
+            _constant(weight, "int8", weight.shape)
+            and _constant(multiplier, "float32", (outputs,))
+            and _constant(bias, "float32", (outputs,))
+        ):
+            raise ValueError("the weight, its scales or the bias are no constants of their dtypes")

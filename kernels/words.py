@@ -131,6 +131,21 @@ def unsigned_byte(words: Register, byte: Register) -> Register:
     return (shifted & 255).reinterpret(types.int32)
 
 
+@operation
+def signed_nibble(words: Register, number: Register) -> Register:
+    """Nibble ``number`` of each word, from -8 to 7, as float32."""
+    if words.type.lanes == 16 and "avx512f" in FEATURES:
+        builder = words.builder
+        floats = words.type.of(types.float32)
+        table = ir.Constant(floats.llvm, [float((n + 8) % 16 - 8) for n in range(16)])
+        # Of an index, the instruction looks at the low nibble only.
+        index = words.reinterpret(types.uint32) >> (number.reinterpret(types.uint32) * 4)
+        name = "llvm.x86.avx512.permvar.sf.512"
+        value = call(builder, name, floats.llvm, [table, index.value])
+        return Register(builder, floats, value)
+    return ((words << (number * -4 + 28)) >> 28).convert(types.float32)
+
+
 @inlined
 def last_word(place: int, stop: int) -> int:
     """The bytes from ``place`` to ``stop``, at most three, as the low ones of a word."""
@@ -306,5 +321,6 @@ __all__ = [
     "pack_words",
     "pad_words",
     "rounded_bits",
+    "signed_nibble",
     "unsigned_byte",
 ]

@@ -9,6 +9,8 @@ import numpy as np
 
 WORTH_SKIPPING = 0.5
 """The fraction of non-zeros above which no kernel that skips zeros is faster than a dense one."""
+GROUP = 4
+"""Input channels that integer kernels multiply at once."""
 NEIGHBOURS = (1, 2, 4)
 """Numbers of rows that a kernel may treat as one."""
 
@@ -42,6 +44,19 @@ def zero_pattern(array: np.ndarray) -> ZeroPattern | None:
     digest = hashlib.sha256(np.packbits(nonzero).tobytes()).hexdigest()[:16]
     flat = nonzero.reshape(len(nonzero), -1)
     return ZeroPattern(digest, tuple(float(group_rows(flat, n).mean()) for n in NEIGHBOURS))
+
+
+def word_pattern(array: np.ndarray) -> ZeroPattern | None:
+    """The pattern of an int8 weight (O, C, *) in words: four neighbours along dimension 1.
+
+    None where too few words are zero to be skipped.
+    """
+    if array.ndim < 2 or array.size == 0:
+        return None
+    channels = array.shape[1]
+    nonzero = array.reshape(len(array), channels, -1) != 0
+    words = np.logical_or.reduceat(nonzero, np.arange(0, channels, GROUP), axis=1)
+    return zero_pattern(words)
 
 
 def group_rows(nonzero: np.ndarray, rows: int) -> np.ndarray:

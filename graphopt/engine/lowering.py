@@ -22,8 +22,16 @@ from graphopt.engine.gather_rules import lower_gather
 from graphopt.engine.integer_rules import integer_units
 from graphopt.engine.layer_rules import LAYERS, Layer
 from graphopt.engine.pointwise_rules import Draft, assemble, instructions
+from graphopt.engine.quantization import DEQUANTIZE
 from graphopt.engine.view_rules import lower_copy, lower_view
-from graphopt.engine.work import Derived, KernelWork, Scope, Work, call_back
+from graphopt.engine.work import (
+    ConstantWork,
+    Derived,
+    KernelWork,
+    Scope,
+    Work,
+    call_back,
+)
 from graphopt.ir import Graph, Node, Type, Value
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.problem import PointwiseProblem, Problem
@@ -110,6 +118,8 @@ def _units(scope: Scope) -> list[Unit]:
 
 
 def _unit(scope: Scope, node: Node) -> Unit:
+    if node.op == DEQUANTIZE and all(value.is_constant for value in node.input_values()):
+        return Unit([node], [ConstantWork(node)])
     works = lower_view(scope, node) or lower_copy(scope, node) or lower_gather(scope, node)
     if works is not None:
         return Unit([node], works)

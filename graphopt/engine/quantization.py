@@ -55,6 +55,11 @@ def is_grouped(scope: Scope, value: Value) -> bool:
     return all(scheme(user, DEQUANTIZE) == made for user in value.users)
 
 
+def private(value: Value) -> Node | None:
+    """The node that computes a value for one other node alone."""
+    return value.producer if value.only_user() is not None else None
+
+
 @dataclass(frozen=True)
 class Bytes:
     """A float32 value as bytes: ``value`` is what is kept of it."""
@@ -105,3 +110,51 @@ def flattened_pixels(scope: Scope, value: Value) -> Value | None:
 
 
 _FLATTENINGS = {"aten.flatten.using_ints", "aten.reshape", "aten.squeeze", "aten.squeeze.dims"}
+
+
+@dataclass(frozen=True)
+class DynamicRows:
+    """Rows of floats that are quantized to int8, each with a scale of at least ``least_scale``."""
+
+    value: Value
+    least_scale: float
+
+
+def quantized_rows(value: Value) -> DynamicRows | None:
+    """The floats behind dequantized rows, each of which was quantized with the scale of its own
+    largest magnitude, symmetrically; None for other values."""
+    dequantize = value.producer
+    if dequantize is None or dequantize.op != DEQUANTIZE:
+        return None
+    quantize = dequantize["x"].producer
+    if quantize is None or quantize.op != QUANTIZE:
+        return None
+    source: Value = quantize["x"]
+    rank, size = source.rank, source.shape[-1]
+    wanted = (None, rank - 1, -127, 127, torch.int8, size)
+    names = ("zero_point", "axis", "quant_min", "quant_max", "dtype", "block_size")
+    scale = quantize["scale"]
+    for node in (quantize, dequantize):
+        if tuple(node[name] for name in names) != wanted or node["scale"] is not scale:
+            return None
+    least = _scale_of_largest(scale, source)
+    return None if least is None else DynamicRows(source, least)
+
+
+def _scale_of_largest(scale: Value, source: Value) -> float | None:
+    """The least scale, if a scale is that of the largest magnitude of each row of ``source``."""
+    steps = []
+    for op in ("aten.clamp_min", "aten.div.Scalar", "aten.amax", "aten.abs"):
+        node = scale.producer
+        if node is None or node.op != op:
+            return None
+        steps.append(node)
+        scale = node["self"]
+    least, divided, largest, _ = steps
+    rank = source.rank
+    if scale is not source or divided["other"] != 127 or not largest["keepdim"]:
+        return None
+    if [dimension % rank for dimension in largest["dim"]] != [rank - 1]:
+        return None
+    number = least["min"]
+    return float(number) if isinstance(number, int | float) else None

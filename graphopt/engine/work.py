@@ -13,7 +13,7 @@ from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, ScalarType, TensorType, Type, Value
 from graphopt.ir.inference import flatten_results, map_operand, may_alias
 from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, Operand, Problem
-from graphopt.kernels.zeros import ZeroPattern, zero_pattern
+from graphopt.kernels.zeros import ZeroPattern, word_pattern, zero_pattern
 
 
 @dataclass(eq=False, frozen=True)
@@ -72,6 +72,28 @@ class AliasWork:
 
 
 @dataclass(frozen=True)
+class ConstantWork:
+    """A value that follows from constants alone, computed when the plan is made."""
+
+    node: Node
+    inputs: tuple[Value, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return tuple(self.node.outputs)
+
+    def evaluate(self) -> torch.Tensor:
+        """The value, as torch computes it."""
+        operands = {
+            name: operand.constant if isinstance(operand, Value) else operand
+            for name, operand in self.node.operands.items()
+        }
+        with torch.no_grad():
+            result: torch.Tensor = self.node.operator.call(operands)
+        return result
+
+
+@dataclass(frozen=True)
 class CallBackWork:
     """A node that torch computes."""
 
@@ -81,7 +103,7 @@ class CallBackWork:
     outputs: tuple[Value, ...]
 
 
-Work = KernelWork | AliasWork | CallBackWork
+Work = KernelWork | AliasWork | ConstantWork | CallBackWork
 
 
 class Scope:
@@ -145,10 +167,11 @@ _patterns: Any = WeakIdKeyDictionary()
 def _zeros(value: Value) -> ZeroPattern | None:
     tensor = value.constant
     assert tensor is not None
-    if tensor.dtype != torch.float32 or tensor.dim() < 2:
+    find = {torch.float32: zero_pattern, torch.int8: word_pattern}.get(tensor.dtype)
+    if find is None or tensor.dim() < 2:
         return None
     if tensor not in _patterns:
-        _patterns[tensor] = zero_pattern(tensor.detach().numpy())
+        _patterns[tensor] = find(tensor.detach().numpy())
     pattern: ZeroPattern | None = _patterns[tensor]
     return pattern
 

@@ -255,3 +255,45 @@ def test_bytes_that_a_reduction_yields_are_kept_for_a_layer() -> None:
     y = layer(graph, y, "aten.linear", 12, 20, scale=0.02)
     graph.set_outputs([through_bytes(graph, y, 0.02, 100)])
     assert integer_kernels(check(graph, (3, 20, 5), step=0.02)) == ["integer matmul"]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [None, 16])
+def test_a_linear_layer_whose_weight_alone_is_quantized(
+    block: int | None, bits: int, rows: int
+) -> None:
+    torch.manual_seed(1)
+    graph, (x,) = new_graph((rows, 32))
+    limit = 2 ** (bits - 1)
+    values = graph.constant(torch.randint(-limit, limit, (24, 32), dtype=torch.int8))
+    scale = graph.constant(torch.rand(24, 2) if block else torch.rand(24))
+    operands = (None, 1 if block else 0, -limit, limit - 1, torch.int8, block)
+    own = graph.add("graphopt.dequantize", values, scale, *operands)
+    y = graph.add("aten.linear", x, own, graph.constant(torch.randn(24)))
+    graph.set_outputs([graph.add("aten.relu", y)])
+    plan = plan_of(graph)
+    assert not plan.call_backs
+    assert any("weight-only" in name for name in kernels_of(plan)) == (rows <= 4)
+    given = torch.randn(rows, 32)
+    (expected,) = reference.run(graph, [given], dtype=torch.float64)
+    torch.testing.assert_close(plan.run(given)[0].double(), expected, rtol=1e-5, atol=1e-4 * limit)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (2, 5, 32)])
+def test_a_linear_layer_whose_rows_are_quantized_on_the_way(shape: tuple[int, ...]) -> None:
+    graph, (x,) = new_graph(shape)
+    largest = graph.add("aten.amax", graph.add("aten.abs", x), [-1], True)
+    scale = graph.add("aten.clamp_min", graph.add("aten.div.Scalar", largest, 127.0), 2.0**-100)
+    scheme_of_rows = (scale, None, len(shape) - 1, -127, 127, torch.int8, 32)
+    q = graph.add("graphopt.quantize", x, *scheme_of_rows)
+    rows = graph.add("graphopt.dequantize", q, *scheme_of_rows)
+    own, _ = weight(graph, 24, 32)
+    y = graph.add("aten.linear", rows, own, graph.constant(torch.randn(24)))
+    graph.set_outputs([graph.add("aten.relu", y)])
+    plan = plan_of(graph)
+    assert kernels_of(plan)[0] == "dynamic matmul"
+    assert len(plan.steps) == 2
+    given = torch.randn(shape)
+    (expected,) = reference.run(graph, [given], dtype=None)
+    torch.testing.assert_close(plan.run(given)[0], expected, rtol=1e-5, atol=1e-5)

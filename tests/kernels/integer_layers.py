@@ -10,6 +10,7 @@ import torch
 
 from graphopt.kernels.integer_problems import IntegerConvolutionProblem
 from graphopt.kernels.problem import GROUP, ConstantOperand, Layout, Operand
+from graphopt.kernels.zeros import word_pattern
 
 
 def grouped(array: np.ndarray, fill: int = 0xA5) -> np.ndarray:
@@ -31,7 +32,8 @@ def ungrouped(memory: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def constant(array: np.ndarray) -> ConstantOperand:
-    return ConstantOperand(array.shape, Layout.plain(str(array.dtype), array.ndim))
+    zeros = word_pattern(array) if array.dtype == np.int8 else None
+    return ConstantOperand(array.shape, Layout.plain(str(array.dtype), array.ndim), zeros)
 
 
 @dataclass
@@ -83,6 +85,8 @@ class IntegerConvolution:
     residual: bool = False
     floating: bool = False
     extreme: bool = False
+    density: float = 1.0
+    block: int = 1
     seed: int = 0
     numbers: Numbers = field(default_factory=Numbers)
 
@@ -97,6 +101,8 @@ class IntegerConvolution:
         else:
             self.image = random.integers(0, 256, self.x, np.uint8)
             self.weight = random.integers(-127, 128, weight, np.int8)
+        if self.density < 1:
+            self.weight = self._pruned(random)
         depth = math.prod(weight[1:])
         self.bias = random.integers(-20000, 20000, self.outputs).astype(np.int32)
         spread = 100 / (127 * 128 * math.sqrt(depth)) * random.uniform(0.2, 1.5, self.outputs)
@@ -106,6 +112,14 @@ class IntegerConvolution:
             *sorted(random.integers(0, 256, 2).tolist()) if random.random() < 0.3 else (0, 255),
             int(random.integers(256)), float(np.float32(random.uniform(0.1, 2))),
         )  # fmt: skip
+
+    def _pruned(self, random: np.random.Generator) -> np.ndarray:
+        """The weight, of which blocks of output channels by four input channels are zero."""
+        outputs, channels = self.weight.shape[:2]
+        shape = (-(-outputs // self.block), -(-channels // GROUP), *self.kernel)
+        kept = random.random(shape) < self.density
+        kept = kept.repeat(self.block, 0)[:outputs].repeat(GROUP, 1)[:, :channels]
+        return self.weight * kept
 
     def sums(self) -> np.ndarray:
         """The int32 sums: exact, since torch convolves in float64 what is below 2**53."""
