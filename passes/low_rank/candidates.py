@@ -181,13 +181,13 @@ class Candidates:
         """Ranks to look at, in equal steps of multiples."""
         full, multiple = self._full(method)[place], self._multiples(method)[place]
         single = len(self._full(method)) == 1
-        most = full
+        most = min(full, self.families[method][0].at_hand[place])
         if single:  # ranks at which nothing is saved are not worth a step
-            unit = self.subject.parameters(self.draft(Candidate(method, (1,), 0, 0, 0.0)))
-            most = min(full, self.subject.parameters() // max(unit, 1))
+            unit = self.at(method, (1,)).parameters
+            most = min(most, self.subject.parameters() // unit)
         count, limit = max(1, most // multiple), STEPS if single else STEPS_OF_PAIRS
         wanted = sorted({max(1, round(count * k / limit)) for k in range(1, limit + 1)})
-        return [min(full, step * multiple) for step in wanted]
+        return [min(max(1, most), step * multiple) for step in wanted]
 
     @cached_property
     def _shares(self) -> list[float]:

@@ -48,6 +48,10 @@ class Cp:
         sizes = self._tensor.shape
         return (prod(sizes) // max(sizes),)
 
+    @property
+    def at_hand(self) -> tuple[int]:
+        return self.full
+
     def error(self, ranks: tuple[int, ...]) -> float:
         self.chain(ranks)
         return self._chains[ranks[0]][1]
@@ -98,6 +102,8 @@ def alternating_least_squares(
         generator: of the start.
     """
     order = sorted(range(tensor.dim()), key=lambda d: tensor.shape[d])
+    if rank == tensor.numel() // max(tensor.shape):
+        return _fibres(tensor, order[-1])
     vectors = [
         torch.randn(size, rank, dtype=tensor.dtype, generator=generator) for size in tensor.shape
     ]
@@ -112,6 +118,19 @@ def alternating_least_squares(
             break
         before = error
         vectors = _equal_norms(vectors)
+    return vectors
+
+
+def _fibres(tensor: Tensor, d: int) -> list[Tensor]:
+    """The exact sum of a product for every fibre along a dimension, with unit vectors else."""
+    others = [size for k, size in enumerate(tensor.shape) if k != d]
+    places = list(torch.unravel_index(torch.arange(prod(others)), others))
+    places.insert(d, torch.empty(0))
+    vectors = [
+        torch.nn.functional.one_hot(at.long(), size).T.to(tensor.dtype)
+        for at, size in zip(places, tensor.shape, strict=True)
+    ]
+    vectors[d] = tensor.movedim(d, 0).flatten(1)
     return vectors
 
 

@@ -26,12 +26,14 @@ from graphopt.passes.low_rank.gathering import gather, gather_pairs
 from graphopt.passes.low_rank.merging import merge_neighbours
 from graphopt.passes.low_rank.methods import AUTOMATIC, METHODS
 from graphopt.passes.low_rank.replacement import replace_layer
-from graphopt.passes.low_rank.selection import Budget, Cost, Selection, layer_by_layer
+from graphopt.passes.low_rank.selection import Budget, Limit, Selection, layer_by_layer
 from graphopt.passes.low_rank.subjects import Subject, subject_of
 from graphopt.pipeline import Context, register_pass
 
 OF_PRODUCTS = ("svd", "channel")
 """Methods that need only know a layer's outputs."""
+BUDGETS = {"macs", "parameters", "speedup"}
+"""Options that may be given together."""
 
 
 @register_pass("low-rank", accuracy="lossy")
@@ -39,10 +41,10 @@ OF_PRODUCTS = ("svd", "channel")
 class LowRank:
     """Replace convolutions, linear layers and embeddings by chains of smaller layers.
 
-    How far is said by one of ``rank``, ``energy``, ``macs``, ``parameters`` and ``speedup``; by
-    default every layer gets the rank that empirical variational Bayes finds. Ranks other than those
-    given as whole numbers are rounded up to what the kernels like. A layer stays as it is where its
-    chain is not faster on this machine.
+    How far is said by ``rank``, by ``energy``, or by one or more of ``macs``, ``parameters`` and
+    ``speedup``; by default every layer gets the rank that empirical variational Bayes finds. Ranks
+    other than those given as whole numbers are rounded up to what the kernels like. A layer stays
+    as it is where its chain is not faster on this machine.
 
     Attributes:
         method: ``"svd"`` (linear layers, 1x1 convolutions and embeddings as two; convolutions with
@@ -104,8 +106,8 @@ class LowRank:
             raise PassError("LowRank: method is empty")
         names = ("rank", "energy", "macs", "parameters", "speedup")
         given = [name for name in names if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise PassError(f"LowRank: of {' and '.join(given)} only one can be given")
+        if len(given) > 1 and not BUDGETS.issuperset(given):
+            raise PassError(f"LowRank: {' and '.join(given)} cannot be given together")
         for name in ("energy", "macs", "parameters"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
@@ -246,21 +248,20 @@ class LowRank:
     def _within_budget(
         self, graph: Graph, layers: list[Candidates], gate: Gate | None, ctx: Context
     ) -> Selection:
-        cost: Cost
+        limits = []
         if self.macs is not None:
-            cost, total = "macs", float(sum(count_flops(node) for node in graph.nodes) // 2)
-            limit = self.macs * total
-        elif self.parameters is not None:
-            cost = "parameters"
-            total = float(sum(math.prod(v.shape) for v in graph.constants if v.trainable))
-            limit = self.parameters * total
-        else:
-            assert self.speedup is not None
-            cost, total = "time", ctx.target.time(graph)
-            limit = total / self.speedup
-        priced = "parameters" if cost == "parameters" else "macs"
+            total = sum(count_flops(node) for node in graph.nodes) // 2
+            limits.append(Limit("macs", total, self.macs * total))
+        if self.parameters is not None:
+            total = sum(math.prod(value.shape) for value in graph.constants if value.trainable)
+            limits.append(Limit("parameters", total, self.parameters * total))
+        if self.speedup is not None:
+            seconds = ctx.target.time(graph)
+            limits.append(Limit("time", seconds, seconds / self.speedup))
+        only_size = self.macs is None and self.speedup is None
+        priced = "parameters" if only_size else "macs"
         options = [one.ladder(self._methods, priced) for one in ctx.track(layers, "ranks")]
-        return Budget(layers, options, cost, total, limit, gate).solve(ctx)
+        return Budget(layers, options, limits, gate).solve(ctx)
 
     def _apply(
         self,

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from graphopt.passes.low_rank.search import smallest
+
 LARGEST_EXACT = 2048
 """Matrices of which the smaller side is longer are decomposed by random projection."""
 RANDOM_SHARE = 4
@@ -66,25 +68,58 @@ class Decomposition:
         return torch.cat([self.values, self.values.new_full((missing,), rest)])
 
 
-def decompose(matrix: Tensor, generator: torch.Generator) -> Decomposition:
+class Spectrum:
+    """The decomposition of a matrix, or of several, with as many components as were asked for.
+
+    Args:
+        matrix: float64, [..., rows, columns].
+        generator: for large matrices.
+    """
+
+    def __init__(self, matrix: Tensor, generator: torch.Generator) -> None:
+        self._matrix, self._generator = matrix, generator
+        self._known: Decomposition | None = None
+
+    def up_to(self, rank: int = 1) -> Decomposition:
+        """With components for a rank at least; all of a large matrix only where many are needed."""
+        if self._known is None:
+            self._known = decompose(self._matrix, self._generator)
+        if rank > self._known.rank and self._known.rank < self._known.full:
+            self._known = decompose(self._matrix, self._generator, exact=True)
+        return self._known
+
+    def error(self, rank: int) -> float:
+        """See `Decomposition.error`."""
+        return self.up_to(rank).error(rank)
+
+    def rank_for(self, energy: float) -> int:
+        """The least rank that keeps a share of the square."""
+        known = self.up_to()
+        if known.error(known.rank) > 1 - energy:
+            known = self.up_to(known.full)
+        return smallest(lambda rank: known.error(rank) <= 1 - energy, known.rank)
+
+
+def decompose(matrix: Tensor, generator: torch.Generator, *, exact: bool = False) -> Decomposition:
     """The singular value decomposition in float64 of a matrix, or of several [..., rows, columns].
 
     The singular vectors on the shorter side are eigenvectors of the product of the matrix with its
     transpose; the matrix is projected on them. That is several times faster than to take the
     matrix itself, and the projection's squared error is as exact, to rounding in the squares.
 
-    A single matrix whose shorter side is longer than `LARGEST_EXACT` is projected on a random
-    subspace that two power iterations turn towards the leading singular vectors (Halko, Martinsson
-    and Tropp, "Finding structure with randomness", 2011, algorithms 4.4 and 5.1); it has a quarter
-    of the components then. `Decomposition.error` is the exact error of the factors in either case;
-    that of a random projection exceeds the least possible one by a factor that is close to 1.
+    Unless ``exact``, a single matrix whose shorter side is longer than `LARGEST_EXACT` is
+    projected on a random subspace that two power iterations turn towards the leading singular
+    vectors (Halko, Martinsson and Tropp, "Finding structure with randomness", 2011, algorithms 4.4
+    and 5.1); it has a quarter of the components then. `Decomposition.error` is the exact error of
+    the factors in either case; that of a random projection exceeds the least possible one by a
+    factor that is close to 1.
     """
     rows, columns = matrix.shape[-2:]
     if rows > columns:
-        other = decompose(matrix.mT, generator)
+        other = decompose(matrix.mT, generator, exact=exact)
         return Decomposition(other.right.mT, other.left.mT, other.values, other.square)
     square = matrix.square().sum().item()
-    is_large = matrix.dim() == 2 and rows > LARGEST_EXACT
+    is_large = matrix.dim() == 2 and rows > LARGEST_EXACT and not exact
     basis = _random(matrix, generator) if is_large else _orthonormal(matrix)
     right = basis.mT @ matrix
     return Decomposition(basis, right, right.norm(dim=-1), square)

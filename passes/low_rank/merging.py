@@ -38,7 +38,9 @@ def _merge_with_next(graph: Graph, first: Node) -> bool:
     if before.groups != 1 or after.groups != 1 or not _can_merge(before, after):
         return False
     weight = _product(before, after)
-    pixels = [prod(node.output.shape[2:]) if first.op != LINEAR else 1 for node in (first, second)]
+    pixels = [
+        prod(layer.node.output.shape[layer.output_dimension + 1 :]) for layer in (before, after)
+    ]
     costs = [
         count * prod(layer.weight.shape)
         for count, layer in zip(pixels, (before, after), strict=True)

@@ -27,10 +27,14 @@ class Family(Protocol):
 
     Attributes:
         full: the ranks at which the kernel is reproduced.
+        at_hand: the ranks up to which drafts come at no great cost.
     """
 
     @property
     def full(self) -> Ranks: ...
+
+    @property
+    def at_hand(self) -> Ranks: ...
 
     def error(self, ranks: Ranks) -> float:
         """The squared error of `draft`, relative to the kernel's square."""

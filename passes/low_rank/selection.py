@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from graphopt.passes.low_rank.gate import FASTER, Gate
 from graphopt.pipeline import Context
 
 Cost = Literal["macs", "parameters", "time"]
+WEIGHTS = 8
+"""In which steps limits of several costs are weighted."""
+BOUNDS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _NOUNS = {"macs": "multiply-adds", "parameters": "parameters", "time": "time"}
 ROUNDS = 12
 """How often a time budget is solved with estimates among the times."""
@@ -68,15 +72,28 @@ def layer_by_layer(
     return selection
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A bound of what the network may cost.
+
+    Attributes:
+        cost: what is bounded.
+        total: what the whole network costs now: multiply-adds, parameters, or seconds.
+        allowed: what it may cost.
+    """
+
+    cost: Cost
+    total: float
+    allowed: float
+
+
 class Budget:
     """Decompositions of all layers together within a budget.
 
     Args:
         layers: the layers.
         options: the decompositions of each to choose from.
-        cost: what is bounded.
-        total: what the whole network costs now.
-        limit: what it may cost: multiply-adds, parameters, or seconds.
+        limits: the bounds; one or several, of different costs.
         gate: measures times; None if they do not matter.
     """
 
@@ -84,16 +101,16 @@ class Budget:
         self,
         layers: Sequence[Candidates],
         options: Sequence[list[Candidate]],
-        cost: Cost,
-        total: float,
-        limit: float,
+        limits: Sequence[Limit],
         gate: Gate | None,
     ) -> None:
-        self._layers, self._cost, self._gate = layers, cost, gate
+        self._layers, self._limits, self._gate = layers, limits, gate
         self._options: list[list[Candidate]] = [list(some) for some in options]
-        self._own = [self._cost_of_layer(one) for one in layers]
-        self._limit = limit - (total - sum(self._own))
-        self._total, self._given = total, limit
+        self._own = [[self._cost_of_layer(limit.cost, one) for one in layers] for limit in limits]
+        self._rooms = [
+            limit.allowed - (limit.total - sum(own))
+            for limit, own in zip(limits, self._own, strict=True)
+        ]
         self._overhead: dict[tuple[int, str], float] = {}
         self._measured: set[tuple[int, Candidate]] = set()
 
@@ -104,9 +121,10 @@ class Budget:
             PassError: the budget cannot be met.
         """
         selection = Selection([None] * len(self._layers))
+        is_timed = any(limit.cost == "time" for limit in self._limits)
         rounds = 0
         while True:
-            chosen = self._choose(rounds >= ROUNDS and self._cost == "time")
+            chosen = self._choose(only_measured=rounds >= ROUNDS and is_timed)
             fresh = [
                 (place, candidate)
                 for place, candidate in enumerate(chosen)
@@ -117,9 +135,7 @@ class Budget:
                 for place, candidate in enumerate(chosen):
                     if candidate is None or self._gate is None:
                         continue
-                    times = self._gate.pair(self._layers[place], candidate)
-                    selection.times[place] = times
-                    selection.refused.pop(place, None)
+                    selection.times[place] = self._gate.pair(self._layers[place], candidate)
                 return selection
             for place, candidate in ctx.track(fresh, "times"):
                 self._measure(place, candidate, selection)
@@ -136,40 +152,77 @@ class Budget:
             selection.refused[place] = candidate, (before, after)
 
     def _choose(self, only_measured: bool) -> list[Candidate | None]:
-        rows: list[list[Option]] = []
-        kept: list[list[Candidate | None]] = []
-        for place, own in enumerate(self._own):
-            options = [
-                candidate
-                for candidate in self._options[place]
-                if not only_measured or (place, candidate) in self._measured
-            ]
-            kept.append([None, *options])
-            rows.append(
-                [Option(own, 0.0), *(Option(self._cost_of(place, c), c.loss) for c in options)]
-            )
-        chosen = choose(rows, self._limit)
-        if chosen is None:
-            raise self._unreachable(rows)
-        return [kept[place][index] for place, index in enumerate(chosen)]
+        """The option of every layer, None to leave it.
 
-    def _cost_of_layer(self, one: Candidates) -> float:
-        if self._cost == "macs":
+        Several limits are one for a weighted sum of the costs, which all that keeps to the limits
+        keeps to as well. Weights are tried in steps; where all answers break a limit, the sum is
+        bounded more tightly.
+        """
+        kept: list[list[Candidate | None]] = []
+        for place, options in enumerate(self._options):
+            known = [c for c in options if not only_measured or (place, c) in self._measured]
+            kept.append([None, *known])
+        costs = [
+            [[self._cost_of(number, place, c) for c in row] for place, row in enumerate(kept)]
+            for number in range(len(self._limits))
+        ]
+        if any(
+            sum(map(min, of_limit)) > room or room <= 0
+            for of_limit, room in zip(costs, self._rooms, strict=True)
+        ):
+            raise self._unreachable(costs)
+        losses = [[0.0 if c is None else c.loss for c in row] for row in kept]
+        for bound in BOUNDS[: 1 if len(self._limits) == 1 else None]:
+            answers = [
+                choose(self._weighted(costs, losses, weights), bound)
+                for weights in _weights(len(self._limits))
+            ]
+            fitting = [answer for answer in answers if answer and self._fits(costs, answer)]
+            if fitting:
+                best = min(
+                    fitting,
+                    key=lambda a: sum(row[k] for row, k in zip(losses, a, strict=True)),
+                )
+                return [row[k] for row, k in zip(kept, best, strict=True)]
+        raise self._unreachable(costs)
+
+    def _weighted(
+        self, costs: list[list[list[float]]], losses: list[list[float]], weights: tuple[float, ...]
+    ) -> list[list[Option]]:
+        scales = [weight / room for weight, room in zip(weights, self._rooms, strict=True)]
+        return [
+            [
+                Option(sum(s * costs[n][place][k] for n, s in enumerate(scales)), loss)
+                for k, loss in enumerate(row)
+            ]
+            for place, row in enumerate(losses)
+        ]
+
+    def _fits(self, costs: list[list[list[float]]], answer: list[int]) -> bool:
+        return all(
+            sum(row[k] for row, k in zip(of_limit, answer, strict=True)) <= room * (1 + 1e-9)
+            for of_limit, room in zip(costs, self._rooms, strict=True)
+        )
+
+    def _cost_of_layer(self, cost: Cost, one: Candidates) -> float:
+        if cost == "macs":
             return one.subject.macs()
-        if self._cost == "parameters":
+        if cost == "parameters":
             return one.subject.parameters()
         assert self._gate is not None
         return self._gate.layer(one.subject)
 
-    def _cost_of(self, place: int, candidate: Candidate) -> float:
+    def _cost_of(self, number: int, place: int, candidate: Candidate | None) -> float:
         """Seconds that were not measured are estimated from the multiply-adds, and from how a
         chain of the same kind compared with its own."""
-        if self._cost == "macs":
+        cost, own = self._limits[number].cost, self._own[number][place]
+        if candidate is None:
+            return own
+        if cost == "macs":
             return candidate.macs
-        if self._cost == "parameters":
+        if cost == "parameters":
             return candidate.parameters
         assert self._gate is not None
-        own = self._own[place]
         if (place, candidate) in self._measured:
             before, after = self._gate.pair(self._layers[place], candidate)
             return own * after / before
@@ -178,16 +231,29 @@ class Budget:
         overhead = self._overhead.get((place, candidate.method), typical)
         return own * overhead * candidate.macs / max(self._layers[place].subject.macs(), 1)
 
-    def _unreachable(self, rows: list[list[Option]]) -> PassError:
-        fixed = self._given - self._limit
-        least = fixed + sum(min(option.cost for option in row) for row in rows)
-        share = least / self._total if self._total else 0.0
+    def _unreachable(self, costs: list[list[list[float]]]) -> PassError:
         faster = " that are faster than their layers" if self._gate is not None else ""
-        if self._cost == "time":
-            remedy = f"at most speedup={math.floor(100 / share) / 100:g}"
-        else:
-            remedy = f"at least {self._cost}={math.ceil(100 * share) / 100:g}"
-        return PassError(
-            f"the budget cannot be met: even with the smallest chains{faster} the network keeps "
-            f"{share:.1%} of its {_NOUNS[self._cost]}; ask for {remedy}, or allow other methods"
-        )
+        for limit, room, of_limit in zip(self._limits, self._rooms, costs, strict=True):
+            least = limit.allowed - room + sum(map(min, of_limit))
+            share = least / limit.total if limit.total else 0.0
+            if least <= limit.allowed:
+                continue
+            if limit.cost == "time":
+                remedy = f"at most speedup={math.floor(100 / share) / 100:g}"
+            else:
+                remedy = f"at least {limit.cost}={math.ceil(100 * share) / 100:g}"
+            return PassError(
+                f"the budget cannot be met: even with the smallest chains{faster} the network "
+                f"keeps {share:.1%} of its {_NOUNS[limit.cost]}; ask for {remedy}, or allow other "
+                "methods"
+            )
+        names = " and ".join(_NOUNS[limit.cost] for limit in self._limits)
+        return PassError(f"the budgets of {names} can be met one by one, but not together")
+
+
+def _weights(count: int) -> list[tuple[float, ...]]:
+    """Shares that add up to 1, in steps."""
+    if count == 1:
+        return [(1.0,)]
+    steps = itertools.product(range(WEIGHTS + 1), repeat=count)
+    return [tuple(n / WEIGHTS for n in some) for some in steps if sum(some) == WEIGHTS]

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.low_rank.factors import Chain, Factor, balanced
-from graphopt.passes.low_rank.matrices import Decomposition, decompose, evbmf_rank
-from graphopt.passes.low_rank.search import smallest
+from graphopt.passes.low_rank.matrices import Spectrum, evbmf_rank
 
 
 class Spatial:
@@ -39,19 +38,21 @@ class Spatial:
         return (min(self._sides),)
 
     @cached_property
-    def _decomposition(self) -> Decomposition:
+    def _spectrum(self) -> Spectrum:
         matrix = self._kernel.permute(0, 3, 1, 2).reshape(self._sides)
-        return decompose(matrix, self._generator)
+        return Spectrum(matrix, self._generator)
+
+    @property
+    def at_hand(self) -> tuple[int]:
+        return (self._spectrum.up_to().rank,)
 
     def error(self, ranks: tuple[int, ...]) -> float:
-        return self._decomposition.error(ranks[0])
+        return self._spectrum.error(ranks[0])
 
     def draft(self, ranks: tuple[int, ...]) -> Chain:
         out, channels, rows, columns = self._kernel.shape
-        rank = min(ranks[0], self._decomposition.rank)
-        first, second = balanced(
-            self._decomposition.right[:rank], self._decomposition.left[:, :rank]
-        )
+        rank, known = ranks[0], self._spectrum.up_to(ranks[0])
+        first, second = balanced(known.right[:rank], known.left[:, :rank])
         across = second.reshape(out, columns, rank).transpose(1, 2)
         return (
             Factor(first.reshape(rank, channels, rows, 1), 1, (0,)),
@@ -61,8 +62,7 @@ class Spatial:
     chain = draft
 
     def ranks_for(self, energy: float) -> tuple[int]:
-        largest = self._decomposition.rank
-        return (smallest(lambda rank: self.error((rank,)) <= 1 - energy, largest),)
+        return (self._spectrum.rank_for(energy),)
 
     def evbmf(self) -> tuple[int]:
-        return (max(1, evbmf_rank(self._decomposition.all_values(), *self._sides)),)
+        return (max(1, evbmf_rank(self._spectrum.up_to().all_values(), *self._sides)),)

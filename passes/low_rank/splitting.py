@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from graphopt.passes.low_rank.factors import Chain, Factor, balanced
-from graphopt.passes.low_rank.matrices import Decomposition, decompose, evbmf_rank
-from graphopt.passes.low_rank.search import smallest
+from graphopt.passes.low_rank.matrices import Spectrum, evbmf_rank
 
 
 class Splitting:
@@ -41,19 +40,24 @@ class Splitting:
         return self._kernel.shape[0], self._kernel[0].numel() // self.splits
 
     @cached_property
-    def _parts(self) -> Decomposition:
+    def _parts(self) -> Spectrum:
         """Of the groups, one after the other."""
         parts = [part.flatten(1) for part in self._kernel.chunk(self.splits, dim=1)]
         together = parts[0] if self.splits == 1 else torch.stack(parts)
-        return decompose(together, self._generator)
+        return Spectrum(together, self._generator)
+
+    @property
+    def at_hand(self) -> tuple[int]:
+        return (self._parts.up_to().rank,)
 
     def error(self, ranks: tuple[int, ...]) -> float:
         return self._parts.error(ranks[0])
 
     def draft(self, ranks: tuple[int, ...]) -> Chain:
         rank, (rows, columns) = ranks[0], self._sides
-        left = self._parts.left[..., :rank].reshape(self.splits, rows, -1)
-        right = self._parts.right[..., :rank, :].reshape(self.splits, -1, columns)
+        parts = self._parts.up_to(rank)
+        left = parts.left[..., :rank].reshape(self.splits, rows, rank)
+        right = parts.right[..., :rank, :].reshape(self.splits, rank, columns)
         return self.factors(list(zip(left, right, strict=True)))
 
     chain = draft
@@ -71,10 +75,9 @@ class Splitting:
         )
 
     def ranks_for(self, energy: float) -> tuple[int]:
-        largest = self._parts.rank
-        return (smallest(lambda rank: self.error((rank,)) <= 1 - energy, largest),)
+        return (self._parts.rank_for(energy),)
 
     def evbmf(self) -> tuple[int]:
-        values = self._parts.all_values()
+        values = self._parts.up_to().all_values()
         found = [evbmf_rank(one, *self._sides) for one in values.reshape(self.splits, -1)]
         return (max([1, *found]),)

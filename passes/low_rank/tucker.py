@@ -39,6 +39,10 @@ class Tucker:
         out, channels, taps = self._flat.shape
         return min(channels, out * taps), min(out, channels * taps)
 
+    @property
+    def at_hand(self) -> tuple[int, int]:
+        return self.full
+
     @cached_property
     def _subspaces(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Singular values and vectors of the unfoldings along input and output channels."""

@@ -43,7 +43,7 @@ class PrincipalOutputs:
 
     def __init__(self, plain: Splitting, kernel: Tensor, outputs: Moments) -> None:
         self._plain, self._kernel, self._outputs = plain, kernel, outputs
-        self.full = plain.full
+        self.full = self.at_hand = plain.full
 
     @cached_property
     def _regression(self) -> Tensor | None:
@@ -110,6 +110,7 @@ class Refined:
             self._wanted = kernel.flatten(1) @ inputs.x_mean
         self._problem = OutputError(kernel, covariance)
         self.full = plain.full
+        self.at_hand = plain.at_hand
         self._drafts: dict[Ranks, Chain] = {}
 
     def error(self, ranks: Ranks) -> float:

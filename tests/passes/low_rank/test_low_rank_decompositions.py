@@ -78,6 +78,19 @@ def test_large_matrices_are_projected_within_a_few_percent_of_the_least_error(mo
     assert found.all_values().square().sum() == pytest.approx(matrix.square().sum().item())
 
 
+def test_all_components_of_a_large_matrix_where_they_are_needed(monkeypatch):
+    monkeypatch.setattr(matrices, "LARGEST_EXACT", 16)
+    kernel = random(24, 32)
+    one = Splitting(kernel, 1, generator())
+    assert one.at_hand == (6,)
+    tail = torch.linalg.svdvals(kernel)[10:].square().sum() / kernel.square().sum()
+    assert one.error((10,)) == pytest.approx(tail.item())
+    assert relative_error(kernel, compose(one.chain((24,)))) < 1e-20
+    for energy in (0.2, 0.95):
+        (rank,) = Splitting(kernel, 1, generator()).ranks_for(energy)
+        assert one.error((rank,)) <= 1 - energy
+
+
 def test_a_matrix_of_zeros():
     found = decompose(torch.zeros(3, 4, dtype=torch.float64), generator())
     assert found.error(1) == 0
