@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -14,7 +14,9 @@ from graphopt.flops import count_flops
 from graphopt.ir import Graph, Node, TensorType, Value
 from graphopt.ir.operators import resolve
 from graphopt.passes.arithmetic import DIVISIONS
+from graphopt.passes.layers import TRANSPOSED_CONVOLUTIONS
 from graphopt.passes.pruning.channel_groups import ChannelGroup, uses
+from graphopt.passes.pruning.coupling_rules_layers import MATRIX_PRODUCTS
 from graphopt.passes.pruning.remaining_sizes import Remaining, rewrite_sizes
 
 Removals = Mapping[ChannelGroup, Sequence[int]]
@@ -70,13 +72,27 @@ def remaining_macs(graph: Graph, removals: Removals) -> int:
     for node in graph.nodes:
         count = Fraction(count_flops(node), 2)
         if count and left is not None:
-            # A layer's multiply-adds are its weight's elements times places, which all stay.
-            weight = next((v for v in node.input_values() if v.is_constant and v.rank > 1), None)
-            of = weight if weight is not None else node.outputs[0]
-            for dimension, size in enumerate(of.shape):
-                count *= Fraction(left.sizes(of, dimension)[0], size)
+            for value, dimension in _factors(node):
+                size = value.shape[dimension]
+                count *= Fraction(left.sizes(value, dimension)[0], size)
         total += count
     return int(total)
+
+
+def _factors(node: Node) -> Iterator[tuple[Value, int]]:
+    """The dimensions whose sizes a node's multiply-adds are a multiple of, as far as channels can
+    be removed from them."""
+    whole = node.outputs[0]
+    weight = node.operands.get("weight")
+    if weight is not None:
+        yield weight, 1
+        transposed = node.op in TRANSPOSED_CONVOLUTIONS or node.operands.get("transposed")
+        whole = node["input"] if transposed else whole
+    elif node.op in MATRIX_PRODUCTS:
+        first = node[MATRIX_PRODUCTS[node.op][0]]
+        yield first, first.rank - 1
+    for dimension in range(whole.rank):
+        yield whole, dimension
 
 
 def mask_units(graph: Graph, removals: Removals) -> Graph:

@@ -113,7 +113,7 @@ def _grouped(
 
 
 def _matmul(c: Coupling, node: Node) -> list[Axes]:
-    first, second = _MATMUL_OPERANDS[node.op]
+    first, second = MATRIX_PRODUCTS[node.op]
     a, b = node[first], node[second]
     if min(a.rank, b.rank) < 2:
         reason = f"{describe(node)} multiplies a vector"
@@ -132,13 +132,14 @@ def _matmul(c: Coupling, node: Node) -> list[Axes]:
     return [result]
 
 
-_MATMUL_OPERANDS = {
+MATRIX_PRODUCTS = {
     "aten.matmul": ("self", "other"),
     "aten.mm": ("self", "mat2"),
     "aten.bmm": ("self", "mat2"),
     "aten.addmm": ("mat1", "mat2"),
     "aten.baddbmm": ("batch1", "batch2"),
 }
+"""The operands that are multiplied."""
 
 
 def _embedding(c: Coupling, node: Node) -> list[Axes]:
@@ -257,7 +258,7 @@ def _quantize(c: Coupling, node: Node) -> list[Axes]:
 LAYER_RULES: dict[str, Rule] = {
     "aten.linear": _linear,
     **dict.fromkeys(CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {"aten.convolution"}, _convolution),
-    **dict.fromkeys(_MATMUL_OPERANDS, _matmul),
+    **dict.fromkeys(MATRIX_PRODUCTS, _matmul),
     "aten.embedding": _embedding,
     "aten.batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm,

@@ -169,6 +169,29 @@ def test_multiply_adds_are_foretold() -> None:
     assert remaining_macs(graph, {}) == sum(count_flops(node) for node in graph.nodes) // 2
 
 
+@pytest.mark.parametrize("kind", ["quantized", "constant product", "tokens", "attention"])
+def test_multiply_adds_are_foretold_of_other_layers(kind: str) -> None:
+    n = Net(5, 6, dtype=torch.float64)
+    x = n("aten.relu", n.linear(n.x, 8))
+    if kind == "quantized":
+        x = n("aten.linear", x, quantized(n, n.random(8, 8), 0))
+    elif kind == "constant product":
+        x = n("aten.matmul", x, n.random(8, 12))
+    elif kind == "tokens":  # a layer over tokens, of which each channel has its own
+        x = n("aten.mT", n.linear(n("aten.mT", x), 7))
+    else:
+        q, k, v = (
+            n("aten.transpose.int", n("aten.reshape", n.linear(x, 12), [-1, 5, 4, 3]), 1, 2)
+            for _ in range(3)
+        )
+        x = n("aten.scaled_dot_product_attention", q, k, v)
+        x = n("aten.reshape", n("aten.transpose.int", x, 1, 2), [-1, 5, 12])
+    graph = n.done(n.linear(x, 3))
+    removals = random_removals(all_groups(graph))
+    pruned = assert_removal_is_masking(graph, removals)
+    assert remaining_macs(graph, removals) == sum(count_flops(node) for node in pruned.nodes) // 2
+
+
 # -- quantized weights -------------------------------------------------------------------------
 
 
