@@ -232,13 +232,15 @@ def write_bias(graph: Graph, node: Node, bias: Tensor) -> None:
 def quantize_dynamically(graph: Graph, value: Value, readers: list[Node]) -> None:
     """Quantize a value while the network runs, symmetrically to int8, every row (its last
     dimension) with a scale of its own, so that a result does not depend on the rest of a batch.
+
+    No step is below -127, so that the whole range of int8 can be declared, as ONNX wants it.
     """
     size = value.shape[-1]
     before = min(readers, key=lambda node: node._key)
     with graph.edit(), graph.inserting(before):
         largest = graph.add("aten.amax", graph.add("aten.abs", value), [-1], True)
         scale = graph.add("aten.clamp_min", graph.add("aten.div.Scalar", largest, 127.0), 2.0**-100)
-        tail = (scale, None, value.rank - 1, -127, 127, torch.int8, size)
+        tail = (scale, None, value.rank - 1, -128, 127, torch.int8, size)
         steps = graph.add(QUANTIZE, value, *tail, name=f"{value.name}_q")
         back = graph.add(DEQUANTIZE, steps, *tail, name=f"{value.name}_dq")
     for node in readers:

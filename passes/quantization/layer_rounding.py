@@ -109,10 +109,8 @@ def round_with_data(
     with torch.no_grad():
         for node in ctx.track(quantized.nodes, "rounding weights"):
             if node.name in names:
-                statistics = InputStatistics(node, ctx.generator)
-                for environment in environments:
-                    statistics(environment[node["input"]])
-                rounded = _round(node, statistics, format, method, correct_bias)
+                inputs = [environment[node["input"]] for environment in environments]
+                rounded = _round(node, inputs, format, method, correct_bias, ctx)
                 _write(quantized, node, rounded, format)
             for environment in environments:
                 _evaluate(node, environment)
@@ -196,10 +194,18 @@ def _keep_mean(
 
 
 def _round(
-    node: Node, statistics: InputStatistics, format: WeightFormat, method: str, centred: bool
+    node: Node,
+    inputs: Sequence[Tensor],
+    format: WeightFormat,
+    method: str,
+    centred: bool,
+    ctx: Context,
 ) -> RoundedWeight:
     if method == "nearest":
         return round_nearest(node, format)
+    statistics = InputStatistics(node, ctx.generator)
+    for x in inputs:
+        statistics(x)
     weight, bias = node["weight"].constant, node["bias"]
     covariance = statistics.covariance(centred)
     importance = covariance.diagonal(dim1=1, dim2=2).mean(0) if statistics.groups == 1 else None

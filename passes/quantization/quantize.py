@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from graphopt.calibration import CalibrationData, observe
+from graphopt.calibration import CalibrationData, Observer, observe
 from graphopt.errors import PassError
-from graphopt.ir import Graph, Node
+from graphopt.ir import Graph, Node, Value
 from graphopt.pass_report import PassReport
 from graphopt.passes.layer_choice import LayerPattern, as_patterns, chosen
 from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
@@ -289,13 +290,28 @@ class _Work:
         observers = {
             self.source.value(name): OBSERVERS[self.options.observer]() for name in missing
         }
-        observe(self.source, self.data, observers, self.ctx, "ranges of activations")
+        watches = {value: _finite(value, observer) for value, observer in observers.items()}
+        observe(self.source, self.data, watches, self.ctx, "ranges of activations")
         self.ranges.update({value.name: o.range() for value, o in observers.items()})
 
     @staticmethod
     def _nodes(graph: Graph, names: Sequence[str]) -> list[Node]:
         wanted = set(names)
         return [node for node in graph.nodes if node.name in wanted]
+
+
+def _finite(value: Value, observer: Observer) -> Observer:
+    """The observer, for a value whose infinities and NaNs are errors."""
+
+    def watch(x: Tensor) -> None:
+        if not x.isfinite().all():
+            raise PassError(
+                f"%{value.name} has infinities or NaNs on the calibration data; ignore the layers "
+                "that read it"
+            )
+        observer(x)
+
+    return watch
 
 
 def _check_choice(name: str, given: object, choices: Sequence[object]) -> None:

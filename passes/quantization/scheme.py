@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.channels import is_view
-from graphopt.passes.layers import LINEAR, layer_of
+from graphopt.passes.layers import LINEAR, Layer, layer_of
 
 CONVOLUTION = "aten.conv2d"
 ACTIVATIONS = frozenset("aten.relu aten.hardtanh aten.relu6 aten.clamp aten.clamp_min".split())
@@ -93,9 +95,10 @@ def find_scheme(graph: Graph, layers: frozenset[Node], *, fuses_additions: bool 
             _want(scheme, node["input"])
     for node in reversed(graph.nodes):
         # An integer convolution must end in quantized values; a linear layer may give floats.
-        is_convolution = node in layers and node.op == CONVOLUTION
-        if is_convolution and _is_read(node.output) and not _is_quantized(scheme, node.output):
-            _want(scheme, node.output)
+        if node in layers and node.op == CONVOLUTION:
+            end = _end(scheme, node)
+            if end is not None and _is_read(end):
+                _want(scheme, end)
     return scheme
 
 
@@ -104,7 +107,13 @@ def is_candidate(node: Node) -> str | None:
     if node.op not in (CONVOLUTION, LINEAR):
         return f"{node.op} has no integer form"
     layer = layer_of(node)
-    return None if hasattr(layer, "weight") else str(layer)
+    if not isinstance(layer, Layer):
+        return layer.reason
+    if layer.weight.dtype != torch.float32:
+        return f"it computes in {layer.weight.dtype}"
+    if layer.input.is_constant or (node.op == CONVOLUTION and layer.input.rank != 4):
+        return "its input is a constant, or has no batch"
+    return None
 
 
 def is_zero_padding(node: Node) -> bool:
@@ -194,13 +203,18 @@ def _is_read(value: Value) -> bool:
     return any(user.op != "aten.sym_size.int" for user in value.users)
 
 
-def _is_quantized(scheme: Scheme, value: Value) -> bool:
-    """Whether a value is quantized, at the latest after the addition and activation fused to it."""
-    for _ in range(3):
-        if value in scheme.root:
-            return True
+def _end(scheme: Scheme, layer: Node) -> Value | None:
+    """What a layer returns after the addition and the activation that are part of it; None if
+    some of that is quantized already."""
+    value = layer.output
+    while value not in scheme.root:
         user = value.only_user()
-        if user is None or not (user.op in ACTIVATIONS or is_residual_add(user)):
-            return False
+        if user is None:
+            return value
+        is_sum = is_residual_add(user) and fused_layer(scheme, user) is layer
+        if not is_sum and user.op not in ACTIVATIONS:
+            return value
         value = user.output
-    return False
+        if not is_sum:
+            return None if value in scheme.root else value
+    return None

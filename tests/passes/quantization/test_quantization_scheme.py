@@ -157,6 +157,30 @@ def test_an_activation_that_is_no_clamp_reads_a_quantized_convolution() -> None:
     assert "silu = silu %conv2d_dq\nsilu_q = quantize %silu by silu" in text
 
 
+def test_a_convolution_that_floats_read_is_quantized_after_its_activation() -> None:
+    net = Net(3, 6, 6)
+    y = net("aten.relu", net.convolution(net.x, 4, 1))
+    assert_scheme(
+        quantized(net.done(net("aten.mean.dim", y, [2, 3]))),
+        """
+        x_q = quantize %x by x
+        x_dq = dequantize %x_q by x
+        conv2d = conv2d %x_dq
+        relu = relu %conv2d
+        relu_q = quantize %relu by relu
+        relu_dq = dequantize %relu_q by relu
+        mean = mean %relu_dq
+        return %mean
+        """,
+    )
+
+
+def test_what_the_network_returns_is_not_quantized() -> None:
+    net = Net(3, 6, 6)
+    text = shown(quantized(net.done(net("aten.relu", net.convolution(net.x, 4, 1)))))
+    assert text.endswith("conv2d = conv2d %x_dq\nrelu = relu %conv2d\nreturn %relu")
+
+
 def test_floats_around_linear_layers_stay_floats() -> None:
     """A normalisation is read by a layer and by an addition; only the layer reads integers."""
     net = Net(5, 8)

@@ -289,6 +289,20 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
         Quantize(**options)
 
 
+def test_infinities_are_named(small: Graph) -> None:
+    with pytest.raises(PassError, match="%x has infinities or NaNs"):
+        Pipeline([Quantize(data=[images(0) / 0], equalise=0.0)]).run(small.clone())
+
+
+def test_layers_that_have_no_integer_form_say_why() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 1))
+    graph = graphopt.trace(model.eval(), images(0))
+    _, ctx = quantize(graph, data=DATA)
+    assert ctx.reports[0].rows[0][2] == "aten.conv_transpose2d.input has no integer form"
+    double = graphopt.trace(nn.Linear(20, 3).double().eval(), tokens(0).double())
+    assert not Pipeline([Quantize(activations="dynamic")]).run(double)
+
+
 def test_ignoring_what_is_not_there(small: Graph) -> None:
     with pytest.raises(PassError, match="ignore has 'nowhere', which means no layer"):
         Pipeline([Quantize(data=DATA, ignore="nowhere")]).run(small.clone())
