@@ -126,8 +126,11 @@ def test_linear_layers(
     limit = 7 if options.get("weights") == "int4" else 127
     for weight in stored:
         assert weight.constant.dtype == torch.int8
-        assert weight.constant.constant.abs().max() <= limit
-        assert weight.dequantize["block_size"] == options.get("group_size")
+        steps, node = weight.constant.constant, weight.dequantize
+        assert steps is not None
+        assert node is not None
+        assert steps.abs().max() <= limit
+        assert node["block_size"] == options.get("group_size")
 
 
 def test_compensated_rounding_beats_the_nearest_steps_with_four_bits(perceptron: Graph) -> None:
@@ -180,10 +183,10 @@ def test_a_dead_channel_and_a_dead_activation() -> None:
     model = Small().eval()
     with torch.no_grad():
         model.stem.weight[3] = 0
-        model.stem.bias[3] = 0.7
+        nn.init.constant_(model.stem.bias, 0.7)  # type: ignore[arg-type]
         model.depthwise.weight[5] = 0
         model.pointwise.weight.zero_()
-        model.pointwise.bias.zero_()
+        nn.init.zeros_(model.pointwise.bias)  # type: ignore[arg-type]
     source = graphopt.trace(model, images(0))
     graph, _ = quantize(source, data=DATA)
     assert sqnr(source, graph, images(9)) > 25
@@ -236,10 +239,9 @@ def test_mixed_precision_by_the_ratio_of_signal_to_noise(small: Graph) -> None:
     report = ctx.reports[0]
     kept = [row for row in report.rows if row[2] == "hurts too much"]
     assert 1 <= len(kept) < 4
-    hurts = {row[0]: row[3] for row in report.rows}
-    assert max(hurts[row[0]] for row in kept) <= min(
-        hurts[row[0]] for row in report.rows if row not in kept
-    )
+    hurts = {row[0]: float(row[3] or 0) for row in report.rows}
+    others = [hurts[row[0]] for row in report.rows if row not in kept]
+    assert max(hurts[row[0]] for row in kept) <= min(others)
     assert "was asked for" in report.remarks[0]
 
 

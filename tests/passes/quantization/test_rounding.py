@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from graphopt.passes.quantization.gptq import damped, round_gptq, row_errors
 from graphopt.passes.quantization.rounding import round_by_reconstruction
 from graphopt.passes.quantization.statistics import shrunk
 
-METHODS = [round_gptq, round_by_reconstruction]
+Method = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+METHODS: list[Method] = [round_gptq, round_by_reconstruction]
 
 
 def problem(
@@ -31,7 +33,9 @@ def problem(
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), groups=st.integers(1, 3), inputs=st.integers(1, 70))
-def test_never_worse_than_the_nearest_steps(method, seed: int, groups: int, inputs: int) -> None:
+def test_never_worse_than_the_nearest_steps(
+    method: Method, seed: int, groups: int, inputs: int
+) -> None:
     weight, covariance = problem(seed, groups, inputs=inputs)
     scale = torch.full((groups, 3, 1), 0.3)
     steps = method(weight, scale, covariance, 7)
@@ -44,7 +48,7 @@ def test_never_worse_than_the_nearest_steps(method, seed: int, groups: int, inpu
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_independent_inputs_round_to_the_nearest_step(method) -> None:
+def test_independent_inputs_round_to_the_nearest_step(method: Method) -> None:
     weight, _ = problem(1)
     covariance = torch.diag(torch.tensor([1.0, 2.0, 3.0, 0.5, 9.0, 0.1]))[None]
     steps = method(weight, torch.full((1, 3, 1), 0.25), covariance, 127)
@@ -83,7 +87,7 @@ def test_no_single_step_improves_a_reconstruction() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_zeros_stay_zeros_and_dead_inputs_do_no_harm(method) -> None:
+def test_zeros_stay_zeros_and_dead_inputs_do_no_harm(method: Method) -> None:
     weight, covariance = problem(4, groups=2)
     weight[:, :, ::2] = 0
     covariance[0] = 0
