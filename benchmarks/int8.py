@@ -208,8 +208,8 @@ def measure(
     if blocks is not None:
         prune_blocks(network, *blocks, sparsity)
     form = "dense" if blocks is None else f"{blocks[0]}x{blocks[1]} {sparsity:.0%}"
-    model = folder / f"{name}-{form.replace(chr(32), "-").rstrip("%")}.onnx"
-    quantized = model.with_suffix(".int8.onnx")
+    model = folder / f"{name}-{form.replace(' ', '-').rstrip('%')}.onnx"
+    quantized = model.with_name(f"{model.stem}-int8.onnx")
     with torch.no_grad():
         if not quantized.exists():
             graphopt.optimize(network, arguments_of(inputs)).export_onnx(model, verify=False)

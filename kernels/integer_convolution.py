@@ -92,8 +92,9 @@ class IntegerImage:
     @property
     def is_direct(self) -> bool:
         """Whether the image can be read where it lies."""
-        unmoved = self.taps == 1 and self.size == self.out_size and self.start == (0, 0)
-        return unmoved and self.pixels > 1
+        # Padding after the image can make up for a stride.
+        unmoved = self.size == self.out_size and self.start == (0, 0) and self.stride == (1, 1)
+        return self.taps == 1 and unmoved and self.pixels > 1
 
     def matrix(self, weight: np.ndarray) -> np.ndarray:
         """The weight as (groups, outputs, kernel position, words of channels, 4)."""

@@ -47,6 +47,7 @@ class Target:
 
 
 IntegerRule = Callable[[Scope, Node, Target], "IntegerUnit | None"]
+"""Makes a layer, and what is said to follow it, a unit, or declines."""
 
 
 def make_unit(
@@ -59,20 +60,22 @@ def make_unit(
     if not candidates(problem):
         return None
     nodes = target.nodes if layer is None else (layer, *target.nodes)
-    # The node that names the unit is its first; a conversion has only one.
     return IntegerUnit(nodes, (KernelWork(problem, inputs, (target.output,), nodes),))
 
 
 def derived(target: Target, name: str, array: np.ndarray) -> Derived:
+    """A constant that a unit's kernel needs; the name tells it from others of the unit."""
     return Derived(f"{target.output.name}.{name}", torch.from_numpy(array))
 
 
 def constant_operand(derived: Derived) -> ConstantOperand:
+    """A derived constant as a kernel sees it."""
     array = derived.constant.numpy()
     return ConstantOperand(array.shape, Layout.plain(str(array.dtype), array.ndim))
 
 
 def image_operand(scope: Scope, value: Value) -> Operand:
+    """An image of bytes as a kernel sees it."""
     return Operand.grouped("uint8", scope.shape(value))
 
 

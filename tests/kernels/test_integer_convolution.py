@@ -33,6 +33,12 @@ SHAPES = {
     "3x3": {"x": (2, 8, 9, 7), "outputs": 8, "kernel": (3, 3), "padding": ((1, 1), (1, 1))},
     "stride": {"x": (1, 8, 9, 14), "outputs": 4, "stride": (2, 2)},
     "stride of 3": {"x": (1, 4, 9, 14), "outputs": 4, "stride": (3, 3), "kernel": (2, 2)},
+    "padding that makes up for a stride": {
+        "x": (2, 10, 2, 1),
+        "outputs": 4,
+        "stride": (2, 2),
+        "padding": ((0, 1), (0, 0)),
+    },
     "first layer": {
         "x": (1, 3, 20, 22),
         "outputs": 8,

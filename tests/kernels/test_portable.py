@@ -28,6 +28,7 @@ SELECTION = [
     "test_convolution.py::test_special_values_stay_where_they_belong",
     "test_depthwise.py::test_shapes",
     "test_direct_convolution.py::test_sizes",
+    "test_dynamic_matmul.py::test_sizes",
     "test_gather.py::test_rows",
     "test_integer_convolution.py::test_shapes",
     "test_integer_convolution.py::test_nothing_saturates_in_between",
@@ -45,6 +46,7 @@ SELECTION = [
     "test_sparse_matmul.py::test_rows_that_share_their_zeros",
     "test_sparse_matmul.py::test_a_zero_weight_multiplies_nothing",
     "test_sparse_vector.py::test_one_row",
+    "test_weight_only_matmul.py::test_sizes",
     "test_sparse_vector.py::test_a_zero_weight_multiplies_nothing",
     "test_winograd.py::test_shapes",
 ]
