@@ -42,10 +42,10 @@ BATCH = 16
 GRAPHOPT: dict[str, dict[str, Any]] = {
     "default": {},
     "reconstruction": {"method": "reconstruction"},
-    "not equalised": {"equalise": 0.0},
+    "equalised": {"equalise": 0.5},
     "nearest, bias corrected": {"method": "nearest"},
     "nearest, min-max": {
-        "method": "nearest", "correct_bias": False, "equalise": 0.0, "observer": "min-max"
+        "method": "nearest", "correct_bias": False, "observer": "min-max"
     },
     "for onnxruntime": {"fuse_additions": False},
     "int8 activations": {"activations": "int8"},

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graphopt.calibration import CalibrationData
@@ -16,7 +15,7 @@ from graphopt.errors import PassError
 from graphopt.ir import Graph, Node
 from graphopt.passes.layers import LINEAR
 from graphopt.passes.quantization.insertion import read_bias, write_bias
-from graphopt.passes.quantization.layer_rounding import run_until
+from graphopt.passes.quantization.layer_rounding import OutputMean, run_until
 from graphopt.passes.quantization.scheme import CONVOLUTION
 from graphopt.pipeline import Context
 from graphopt.registry import register_pass
@@ -66,17 +65,12 @@ def _has_bias(node: Node) -> bool:
 
 def channel_means(graph: Graph, node: Node, data: CalibrationData) -> Tensor:
     """The mean of every output channel of a layer over data, [channels] in float64."""
-    dimension = node.output.rank - (1 if node.op == LINEAR else 3)
-    total = torch.zeros(node.output.shape[dimension], dtype=torch.float64)
-    count = 0
+    mean = OutputMean(node.output.rank - (1 if node.op == LINEAR else 3))
 
     def show(seen: Node, results: list[Tensor]) -> None:
-        nonlocal count
         if seen is node:
-            rows = results[0].double().movedim(dimension, -1).reshape(-1, len(total))
-            total.add_(rows.sum(0))
-            count += len(rows)
+            mean(results[0])
 
     for batch in data.batches(graph):
         run_until(graph, batch.inputs, node, show)
-    return total / max(count, 1)
+    return mean.mean()

@@ -47,10 +47,10 @@ def run_until(
 
 
 class OutputMean:
-    """The mean of every output channel of a layer, [channels]."""
+    """The mean of every channel of tensors, [channels] in float64."""
 
-    def __init__(self, layer: Layer) -> None:
-        self._dimension = layer.output_dimension
+    def __init__(self, dimension: int) -> None:
+        self._dimension = dimension
         self._sum: Tensor | float = 0.0
         self._count = 0
 
@@ -145,7 +145,7 @@ def _output_means(
         if node.name in layers:
             layer = layer_of(node)
             assert isinstance(layer, Layer)
-            means[node.name] = OutputMean(layer)
+            means[node.name] = OutputMean(layer.output_dimension)
 
     def show(node: Node, results: list[Tensor]) -> None:
         if node.name in means:
@@ -181,7 +181,7 @@ def _keep_mean(
     """The rounded weight with a bias that gives each channel its mean; results follow."""
     layer = layer_of(node)
     assert isinstance(layer, Layer)
-    mean = OutputMean(layer)
+    mean = OutputMean(layer.output_dimension)
     for environment in environments:
         mean(environment[node.output])
     drift = (expected - mean.mean()).float()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from graphopt import reference
@@ -79,10 +78,3 @@ def fewest_in_floats(order: Sequence[str], is_good: Callable[[Sequence[str]], bo
         else:
             low = middle + 1
     return list(order[:low])
-
-
-@torch.no_grad()
-def drop(evaluate: Callable[[Graph], float], source: Graph) -> Callable[[Graph], float]:
-    """How much less a graph's figure of merit is than the source's, as a function of the graph."""
-    best = evaluate(source)
-    return lambda graph: best - evaluate(graph)

@@ -62,7 +62,8 @@ class Quantize:
             "entropy".
         method: how weights are rounded: "nearest", "gptq", or "reconstruction", which improves
             on GPTQ's solution; by default "gptq" with data and "nearest" without.
-        equalise: from 0 to 1, how far channels between layers are scaled to one range beforehand.
+        equalise: from 0 to 1, how far channels between layers are scaled to one range beforehand;
+            for networks whose activations have channels with outliers.
         correct_bias: keep the mean of every output channel; with data.
         fuse_additions: a residual addition is part of the layer before it, and the sum alone is
             quantized. False also quantizes what is added, which onnxruntime's integer kernels
@@ -82,7 +83,7 @@ class Quantize:
     per_channel: bool = True
     observer: str = "mse"
     method: str | None = None
-    equalise: float = 0.5
+    equalise: float = 0.0
     correct_bias: bool = True
     fuse_additions: bool = True
     ignore: Sequence[LayerPattern] | LayerPattern = ()
@@ -122,6 +123,7 @@ class Quantize:
             raise PassError("max_drop and evaluate go together")
 
     def run(self, graph: Graph, ctx: Context) -> bool:
+        version = graph.version
         layers, skipped = self._choose(graph)
         if not layers:
             return False
@@ -135,7 +137,7 @@ class Quantize:
         names = [name for name in layers if name not in kept]
         work.apply(graph, names)
         ctx.report(_report(self, graph, layers, skipped, kept, notes, hurts))
-        return bool(names)
+        return graph.version != version
 
     @property
     def weight_format(self) -> WeightFormat:

@@ -176,7 +176,7 @@ def test_bias_correction_removes_the_mean_error(static: bool) -> None:
     graph, data = source.clone(), data_for(source)
     if static:
         options = {"method": "nearest", "correct_bias": False, "per_channel": False}
-        Pipeline([Quantize(data=data, equalise=0.0, **options)]).run(graph)  # type: ignore[arg-type]
+        Pipeline([Quantize(data=data, **options)]).run(graph)  # type: ignore[arg-type]
     else:
         for node in graph.nodes:
             if node.op == "aten.conv2d":

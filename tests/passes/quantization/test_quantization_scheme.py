@@ -16,7 +16,7 @@ from graphopt.pipeline import Pipeline
 
 def quantized(graph: Graph, **options: object) -> Graph:
     x = torch.randn(graph.inputs[0].shape, generator=torch.Generator().manual_seed(0))
-    given = {"method": "nearest", "equalise": 0.0, "correct_bias": False, **options}
+    given = {"method": "nearest", "correct_bias": False, **options}
     Pipeline([Quantize(data=[x], **given)]).run(graph)  # type: ignore[arg-type]
     return graph
 

@@ -89,7 +89,7 @@ def weights(graph: Graph) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "options",
     [{}, {"activations": "int8"}, {"per_channel": False}, {"method": "nearest"},
-     {"method": "reconstruction"}, {"equalise": 0.0}, {"equalise": 1.0}, {"correct_bias": False},
+     {"method": "reconstruction"}, {"equalise": 0.5}, {"equalise": 1.0}, {"correct_bias": False},
      {"method": "nearest", "correct_bias": False}, {"fuse_additions": False}, {"batches": 2},
      *({"observer": o} for o in ("min-max", "moving-average", "percentile", "entropy"))],
     ids=str,
@@ -212,9 +212,7 @@ def test_means_of_the_channels_are_kept(small: Graph) -> None:
     expected = _means(uneven, x)
 
     def worst(correct_bias: bool) -> float:
-        graph, _ = quantize(
-            uneven, data=DATA, equalise=0.0, per_channel=False, correct_bias=correct_bias
-        )
+        graph, _ = quantize(uneven, data=DATA, per_channel=False, correct_bias=correct_bias)
         actual = _means(graph, x)
         return max((actual[n] - mean).abs().max().item() for n, mean in expected.items())
 
@@ -249,7 +247,7 @@ def test_mixed_precision_that_asks_for_nothing_or_too_much(small: Graph) -> None
     _, ctx = quantize(small, data=DATA, target_sqnr=1.0)
     assert "4 of 4" in ctx.reports[0].title
     graph = small.clone()
-    assert not Pipeline([Quantize(data=DATA, target_sqnr=500.0, equalise=0.0)]).run(graph)
+    assert not Pipeline([Quantize(data=DATA, target_sqnr=500.0)]).run(graph)
     assert graph.to_text() == small.to_text()
 
 
@@ -293,7 +291,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 def test_infinities_are_named(small: Graph) -> None:
     with pytest.raises(PassError, match="%x has infinities or NaNs"):
-        Pipeline([Quantize(data=[images(0) / 0], equalise=0.0)]).run(small.clone())
+        Pipeline([Quantize(data=[images(0) / 0])]).run(small.clone())
 
 
 def test_layers_that_have_no_integer_form_say_why() -> None:
@@ -314,7 +312,7 @@ def test_a_generator_serves_only_methods_of_one_sweep(small: Graph) -> None:
     with pytest.raises(PassError, match="is a generator and was read already"):
         Pipeline([Quantize(data=iter(DATA))]).run(small.clone())
     graph = small.clone()
-    one = Quantize(data=iter(DATA), equalise=0.0, method="nearest", correct_bias=False)
+    one = Quantize(data=iter(DATA), method="nearest", correct_bias=False)
     assert Pipeline([one]).run(graph)
 
 
