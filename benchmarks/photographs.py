@@ -12,22 +12,23 @@ from torch import Tensor
 
 CALIBRATION = (
     "skimage:astronaut.png",
+    "skimage:brick.png",
     "skimage:camera.png",
     "skimage:cell.png",
     "skimage:clock_motion.png",
     "skimage:coins.png",
     "skimage:grass.png",
     "skimage:hubble_deep_field.jpg",
+    "skimage:ihc.png",
     "skimage:motorcycle_left.png",
+    "skimage:page.png",
     "skimage:retina.jpg",
     "sklearn:china.jpg",
 )
 EVALUATION = (
-    "skimage:brick.png",
     "skimage:chelsea.png",
     "skimage:coffee.png",
     "skimage:gravel.png",
-    "skimage:ihc.png",
     "skimage:moon.png",
     "skimage:rocket.jpg",
     "sklearn:flower.jpg",

@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=CRITERIA)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--networks", nargs="+", default=[name for name, _ in SPEEDUPS])
-    parser.add_argument("--granularity", default="1x4", help="of speedup and cost")
+    parser.add_argument("--granularity", default="2x4", help="of speedup and cost")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")

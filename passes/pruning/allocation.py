@@ -19,7 +19,7 @@ from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 
 MOST = 0.99
 """No layer loses more than this, or the network would be cut in two."""
-LEVELS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.875, 0.925, 0.95, 0.97, MOST)
+LEVELS = (0.0, 0.25, 0.5, 0.625, 0.75, 0.85, 0.925, 0.97, MOST)
 """Sparsities at which layers are tried where their sensitivity or time is measured."""
 GRID = 10_000
 """Steps of cost that the dynamic programming tells apart."""
@@ -48,9 +48,9 @@ Sparsities = dict[PrunableLayer, float]
 
 
 def uniform(shares: Sequence[Share], removed: float) -> Sparsities:
-    """The same sparsity everywhere."""
+    """The same sparsity wherever weights cost anything."""
     sparsity = removed / max(sum(share.total for share in shares), 1e-30)
-    return {share.layer: sparsity for share in shares}
+    return {share.layer: sparsity if share.cost else 0.0 for share in shares}
 
 
 def erdos_renyi(shares: Sequence[Share], removed: float) -> Sparsities:
@@ -70,7 +70,10 @@ def erdos_renyi(shares: Sequence[Share], removed: float) -> Sparsities:
         kept = float((totals * _between(scale * factor)).sum())
         low, high = (scale, high) if kept < wanted else (low, scale)
     densities = _between(high * factor)
-    return {share.layer: 1 - float(d) for share, d in zip(shares, densities, strict=True)}
+    return {
+        share.layer: 1 - float(density) if share.cost else 0.0
+        for share, density in zip(shares, densities, strict=True)
+    }
 
 
 def by_score(
@@ -126,37 +129,44 @@ def by_sensitivity(
         continuous: whether sparsities between levels are possible: then what the levels remove
             too much is given back.
     """
+    rising = [np.maximum.accumulate(errors[share.layer]).tolist() for share in shares]
     costs = [[share.total * (1 - level) for level in levels] for share in shares]
     budget = sum(share.total for share in shares) - removed
-    places = choose_levels([errors[share.layer] for share in shares], costs, budget)
-    result = {share.layer: levels[place] for share, place in zip(shares, places, strict=True)}
+    places = choose_levels(rising, costs, budget)
+    sparsities = [levels[place] for place in places]
     if continuous:
-        _give_back(result, shares, levels, places, errors, budget)
-    return result
+        slack = budget - sum(own[place] for own, place in zip(costs, places, strict=True))
+        _give_back(sparsities, slack, shares, levels, rising)
+    return {share.layer: s for share, s in zip(shares, sparsities, strict=True)}
 
 
 def _give_back(
-    result: Sparsities,
+    sparsities: list[float],
+    slack: float,
     shares: Sequence[Share],
     levels: Sequence[float],
-    places: Sequence[int],
-    errors: Mapping[PrunableLayer, Sequence[float]],
-    budget: float,
+    errors: Sequence[Sequence[float]],
 ) -> None:
-    """Lower sparsities, where that helps most, until the budget is used up."""
-    slack = budget - sum(share.total * (1 - result[share.layer]) for share in shares)
+    """Lower sparsities that are levels, where that helps most for its cost, by some cost in all."""
+    places = [levels.index(sparsity) for sparsity in sparsities]
 
-    def slope(item: tuple[Share, int]) -> float:
-        share, place = item
-        own = errors[share.layer]
-        gain = own[place] - own[place - 1]
-        return -gain / (share.total * (levels[place] - levels[place - 1]))
+    def gain(k: int) -> float:
+        high, low = places[k], places[k] - 1
+        return (errors[k][high] - errors[k][low]) / (levels[high] - levels[low]) / shares[k].total
 
-    able = [(s, p) for s, p in zip(shares, places, strict=True) if p > 0 and s.total > 0]
-    for share, place in sorted(able, key=slope):
-        step = min(slack, share.total * (levels[place] - levels[place - 1]))
-        result[share.layer] -= step / share.total
+    able = {k for k, share in enumerate(shares) if places[k] > 0 and share.total > 0}
+    while able and slack > 0:
+        best = max(sorted(able), key=gain)
+        lower = levels[places[best] - 1]
+        step = (sparsities[best] - lower) * shares[best].total
+        if step > slack:
+            sparsities[best] -= slack / shares[best].total
+            return
         slack -= step
+        sparsities[best] = lower
+        places[best] -= 1
+        if places[best] == 0:
+            able.remove(best)
 
 
 def choose_levels(

@@ -58,7 +58,11 @@ class Criterion:
     updates: bool = False
 
     def scores(self, context: CriterionContext) -> Tensor:
-        """Scores of a layer's weight. Raises PassError if a user's function gives none."""
+        """Scores of a layer's weight as it is now.
+
+        Raises:
+            PassError: a user's function gives none, or NaN.
+        """
         weight = context.layer.weight.tensor
         scores = self.score(weight, context)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
@@ -182,6 +186,14 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+def _influence(weight: Tensor, context: CriterionContext) -> Tensor:
+    raise PassError("the criterion 'influence' ranks residual blocks, not weights")
+
+
+INFLUENCE = Criterion("influence", _influence, needs_data=True)
+"""Ranks residual blocks by how much they change what flows through; see `residual_blocks`."""
+
+
 def find_criterion(given: str | ScoreFunction) -> Criterion:
     """A criterion by name, or a user's own function.
 
@@ -190,6 +202,8 @@ def find_criterion(given: str | ScoreFunction) -> Criterion:
     """
     if callable(given):
         return Criterion(getattr(given, "__name__", type(given).__name__), given)
+    if given == INFLUENCE.name:
+        return INFLUENCE
     if given in CRITERIA:
         return CRITERIA[given]
     raise PassError(

@@ -53,6 +53,10 @@ class Blocks:
         """Mean score of every block."""
         return self.sums(taps.double()) / self.sizes(taps.shape)
 
+    def counted(self, remaining: Tensor) -> Tensor:
+        """Which weights count as not zero: all those of blocks that are not zero altogether."""
+        return self.expand(self.sums(remaining.double()) > 0, remaining.shape)
+
     def expand(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """What is said of blocks, said of each of their weights."""
         each = blocks.repeat_interleave(self.rows, 1).repeat_interleave(self.columns, 2)
@@ -101,6 +105,10 @@ class Pattern:
             return f"{shape[2]} input channels are fewer than the {self.m} of the pattern {self}"
         return None
 
+    def counted(self, remaining: Tensor) -> Tensor:
+        """Which weights count as not zero: just those."""
+        return remaining
+
     def mask(self, scores: Tensor, remaining: Tensor, sparsity: float) -> Tensor:
         """Keep the best ``n`` of each ``m``, or all remaining where the sparsity is 0. Weights
         that are zero already are the first to go."""
@@ -137,7 +145,7 @@ def parse_granularity(text: str) -> Granularity:
             return Blocks(rows, columns)
     raise PassError(
         f"the granularity '{text}' is unknown; there are 'unstructured', 'N:M' such as '2:4', "
-        "blocks 'RxC' such as '1x4', 'channel' and 'head'"
+        "blocks 'RxC' such as '1x4', 'channel', 'head' and 'residual-block'"
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.passes.pruning.granularity import Blocks, Granularity, Pattern
+from graphopt.passes.pruning.granularity import Blocks, Granularity
 from graphopt.passes.pruning.layer_inputs import as_matrix, from_matrix
 
 COLUMNS = 128
@@ -91,7 +91,7 @@ def prune(problem: Problem, granularity: Granularity, sparsity: float) -> Tensor
         The new weight; its error is never larger than that of removing the smallest weights, or
         those of least magnitude times input, in the same pattern.
     """
-    if sparsity == 0:
+    if sparsity == 0 or not problem.remaining.any():
         return problem.weight * problem.remaining
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
     found, kept = sparse_gpt(problem, granularity, sparsity, inverse)
@@ -122,6 +122,12 @@ def _mask(problem: Problem, granularity: Granularity, scores: Tensor, sparsity: 
     return problem.as_matrix(mask) & problem.remaining
 
 
+def _count(problem: Problem, granularity: Granularity, kept: Tensor | None = None) -> int:
+    """How many weights count as not zero, or as kept."""
+    which = problem.remaining if kept is None else kept
+    return int(granularity.counted(problem.as_taps(which)).sum())
+
+
 def sparse_gpt(
     problem: Problem, granularity: Granularity, sparsity: float, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -141,15 +147,16 @@ def sparse_gpt(
     wanted = taken = 0.0
     for first, last in _chunks(channels, problem.taps, granularity):
         part = factor[first:last, first:last]
-        alive = problem.remaining[:, first:last]
         scores = _joint_cost(weight[:, first:last], part.T @ part, granularity, channels)
+        alive = problem.remaining[:, first:last]
         chunk = Problem(scores, part, alive, max(1, (last - first) // channels))
-        wanted += sparsity * float(alive.sum())
-        share = min(1.0, max(0.0, (wanted - taken) / max(1.0, float(alive.sum()))))
-        if isinstance(granularity, Pattern):
-            share = sparsity
+        count = _count(chunk, granularity)
+        wanted += sparsity * count
+        share = sparsity
+        if isinstance(granularity, Blocks):  # what rounding left over, the next columns make up for
+            share = min(1.0, max(0.0, (wanted - taken) / max(1, count)))
         kept[:, first:last] = _mask(chunk, granularity, scores, share)
-        taken += float((alive & ~kept[:, first:last]).sum())
+        taken += count - _count(chunk, granularity, kept[:, first:last])
         errors = torch.empty_like(weight[:, first:last])
         gone = (~kept[:, first:last]).to(weight.dtype)
         for column in range(first, last):
@@ -238,8 +245,7 @@ def exchange(
     Returns:
         The weight, and which of it is kept.
     """
-    remaining = max(1, int(problem.remaining.sum()))
-    sparsity = 1 - float((kept & problem.remaining).sum()) / remaining
+    sparsity = 1 - _count(problem, granularity, kept) / _count(problem, granularity)
     diagonal, trust, error = problem.hessian.diagonal(), TRUST, problem.error(weight)
     for _ in range(EXCHANGES):
         gradient = (problem.weight - weight) @ problem.hessian

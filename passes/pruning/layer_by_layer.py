@@ -73,8 +73,7 @@ def prune_layer_by_layer(
 
     Args:
         graph: whose layers they are.
-        sparsities: fraction of the remaining weights to prune, per layer; layers without inputs,
-            embeddings, are left out.
+        sparsities: fraction of the remaining weights to prune, per layer; not for embeddings.
         granularity: shape of the zeros.
         data: calibration data.
         ctx: shows the progress.
@@ -88,18 +87,22 @@ def prune_layer_by_layer(
         for node in layer.products:
             pending.setdefault(node, []).append(layer)
     moments: dict[PrunableLayer, Moments] = {}
+    left = len(sparsities)
     for node in ctx.track(graph.nodes, "pruning layer by layer"):
         ready = []
         for layer in pending.get(node, ()):
             gathered = moments.setdefault(layer, Moments.of(layer))
             for environment in frontier.environments:
-                gathered.add(layer, node, environment[node["input"]])
+                gathered.add(layer, node, frontier.read(node, node["input"], environment))
             if node is layer.products[-1]:
                 ready.append(layer)
         if not sequential:
             frontier.advance(node)
         for layer in ready:
             _prune_layer(layer, moments.pop(layer), granularity, sparsities[layer], damping)
+        left -= len(ready)
+        if left == 0:
+            break
         if sequential:
             frontier.advance(node)
 
@@ -168,11 +171,12 @@ class _Frontier:
                 environment.update((v, r) for v, r in results.items() if v in self._last_use)
 
     def _results(self, node: Node, environment: dict[Value, Any]) -> dict[Value, Any]:
-        given = {value: self._read(node, value, environment) for value in node.input_values()}
+        given = {value: self.read(node, value, environment) for value in node.input_values()}
         results = flatten_results(reference.evaluate(node, given))
         return dict(zip(node.outputs, results, strict=True))
 
-    def _read(self, node: Node, value: Value, environment: dict[Value, Any]) -> Any:
+    def read(self, node: Node, value: Value, environment: dict[Value, Any]) -> Any:
+        """An operand of a node for one batch, a weight as it is now."""
         if value.is_constant:
             return value.constant
         if value in environment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def _convolution_columns(node: Node, x: Tensor, kernel: tuple[int, ...]) -> Tens
         spread = x.new_zeros(
             (*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
         )
-        spread[(..., *(slice(None, None, s) for s in stride))] = x
+        elements: Any = (..., *(slice(None, None, s) for s in stride))
+        spread[elements] = x
         x, stride = spread, [1] * rank
     sides = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
     windows = functional.pad(x, sides)

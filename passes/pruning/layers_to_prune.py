@@ -12,6 +12,7 @@ from torch import Tensor
 from graphopt.errors import GraphError
 from graphopt.flops import count_flops
 from graphopt.ir import Graph, Node, Value
+from graphopt.ir.operators import resolve
 from graphopt.ir.weights import Weight
 from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
 
@@ -78,12 +79,23 @@ class PrunableLayer:
         return ordered.reshape(self.weight.tensor.shape).contiguous()
 
     def write(self, tensor: Tensor) -> None:
-        """Give all nodes of the layer another weight, as `Weight.write` does."""
-        weight = self.weight
-        if weight.dequantize is not None or len(self.nodes) == 1:
+        """Give all nodes of the layer another weight; a quantized one is quantized again with its
+        scale and zero point. Other users of the same constant keep theirs."""
+        weight, graph = self.weight, self.weight.graph
+        if len(self.nodes) == 1:
             weight.write(tensor)
-            return
-        weight.graph.set_constant(weight.constant, tensor)
+        elif weight.dequantize is None:
+            graph.set_constant(weight.constant, tensor)
+        elif weight.constant.only_user() is weight.dequantize:
+            operands = {
+                name: operand.constant if isinstance(operand, Value) else operand
+                for name, operand in weight.dequantize.operands.items()
+            }
+            steps = resolve("graphopt.quantize").call({**operands, "x": tensor})
+            graph.set_constant(weight.constant, steps)
+        else:
+            for node in self.nodes:
+                graph.weight(node).write(tensor)
 
 
 def prunable_layers(

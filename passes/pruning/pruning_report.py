@@ -33,13 +33,6 @@ class Before:
         self.layers = list(layers)
         self.weights = {layer: layer.weight.tensor for layer in layers}
 
-    def changed(self) -> bool:
-        """Whether any layer has another weight now."""
-        return any(
-            now_of(layer) is not old and not torch.equal(now_of(layer), old)
-            for layer, old in self.weights.items()
-        )
-
 
 def now_of(layer: PrunableLayer) -> Tensor:
     """The weight that a layer has now."""

@@ -15,7 +15,7 @@ from graphopt.ir.inference import flatten_results
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.pipeline import Context
 
-SAMPLES = 8
+SAMPLES = 4
 """How many samples of the first batch are enough to rank layers."""
 
 

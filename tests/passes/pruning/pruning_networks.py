@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ def network() -> nn.Module:
     return model.eval()
 
 
+def tiny() -> nn.Module:
+    """A convolution and a linear layer, with batch norm after each."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
+
+
 def batches(count: int = 2, size: int = 4) -> list[tuple[Tensor, Tensor]]:
     """Images for the network, with labels."""
     generator = torch.Generator().manual_seed(5)
@@ -58,14 +66,16 @@ def batches(count: int = 2, size: int = 4) -> list[tuple[Tensor, Tensor]]:
 
 
 @functools.cache
-def _traced() -> graphopt.Graph:
-    return graphopt.trace(network(), batches()[0][0])
+def _traced(make: Callable[[], nn.Module]) -> graphopt.Graph:
+    return graphopt.trace(make(), batches()[0][0])
 
 
-def traced(model: nn.Module | None = None, x: Tensor | None = None) -> graphopt.Graph:
-    """The graph of a model, by default of `network`."""
-    if model is None:
-        return _traced().clone()
+def traced(
+    model: nn.Module | Callable[[], nn.Module] = network, x: Tensor | None = None
+) -> graphopt.Graph:
+    """The graph of a model, or of what a function makes; the latter is traced once."""
+    if not isinstance(model, nn.Module):
+        return _traced(model).clone()
     return graphopt.trace(model, batches()[0][0] if x is None else x)
 
 

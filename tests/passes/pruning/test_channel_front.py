@@ -39,9 +39,13 @@ class Residual(nn.Module):
         return result
 
 
-def residual() -> Graph:
+def residual_network() -> nn.Module:
     torch.manual_seed(2)
-    return traced(Residual().eval())
+    return Residual().eval()
+
+
+def residual() -> Graph:
+    return traced(residual_network)
 
 
 def weight(graph: Graph, module: str) -> Tensor:
@@ -53,7 +57,7 @@ def weight(graph: Graph, module: str) -> Tensor:
 @pytest.mark.parametrize("allocation", ["uniform", "global", "sensitivity"])
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "batch-norm"])
 def test_every_criterion_and_allocation(criterion: str, allocation: str) -> None:
-    graph, data = traced(), batches()
+    graph, data = traced(), batches(1)
     report = pruned(
         graph,
         Prune(0.5, granularity="channel", criterion=criterion, allocation=allocation, data=data,

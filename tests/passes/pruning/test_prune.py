@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruning_networks import batches, network, pruned, sparsity_of, traced
+from pruning_networks import batches, network, pruned, sparsity_of, tiny, traced
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,12 +27,11 @@ PRUNED = ("0", "6", "9", "14", "17")  # all but the depthwise convolution
 def test_every_criterion_granularity_and_allocation(
     criterion: str, granularity: str, allocation: str
 ) -> None:
-    graph, data = traced(), batches()
-    report = pruned(
-        graph,
-        Prune(0.5, granularity=granularity, criterion=criterion, allocation=allocation, data=data,
-              loss=functional.cross_entropy),
-    )  # fmt: skip
+    graph, data, ctx = traced(tiny), batches(), Context()
+    one = Prune(0.5, granularity=granularity, criterion=criterion, allocation=allocation, data=data,
+                loss=functional.cross_entropy)  # fmt: skip
+    assert one.run(graph, ctx)
+    (report,) = ctx.reports
     weights = [row[1] for row in report.rows]
     zeros = sum(row[3] * row[1] for row in report.rows)
     assert zeros / sum(weights) == pytest.approx(0.5, abs=0.03)
@@ -84,6 +83,22 @@ def test_patterns_twice(granularity: str) -> None:
         assert twice == {m: 1 - (1 - s) / 2 for m, s in once.items()}
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "hessian"])
+def test_blocks_after_single_weights_count_whole_blocks(criterion: str) -> None:
+    """Half of the weights are zero, but no block is: half of the blocks go."""
+    model = nn.Linear(16, 8)
+    with torch.no_grad():
+        model.weight[:, ::2] = 0
+    data = [torch.randn(32, 16)]
+    graph = traced(model, data[0])
+    pruned(graph, Prune(0.5, granularity="2x4", criterion=criterion, data=data))
+    weight = graph.value("weight").constant
+    assert weight is not None
+    blocks = weight.reshape(4, 2, 4, 4).abs().sum((1, 3))
+    assert int((blocks == 0).sum()) == 8
+    assert not weight[:, ::2].any()
+
+
 def test_threshold_trims_by_absolute_value() -> None:
     graph = traced()
     before = {m: graph.value(f"{m}.weight").constant for m in PRUNED}
@@ -132,7 +147,7 @@ def quantized(per_channel: bool, shared: bool) -> graphopt.Graph:
         scale = graph.constant(torch.rand(8) + 0.1 if per_channel else torch.tensor(0.3), "scale")
         zero = graph.constant(torch.ones(8 if per_channel else 1, dtype=torch.int64).squeeze(), "z")
         w = graph.add("graphopt.dequantize", q, scale, zero, 0 if per_channel else None,
-                      -8, 7, torch.float32)  # fmt: skip
+                      -8, 7, torch.int8)  # fmt: skip
         for _ in range(2 if shared else 1):
             x = graph.add("aten.relu", graph.add("aten.linear", x, w))
     graph.set_outputs([x])
@@ -224,6 +239,7 @@ def test_the_engine_and_the_reference_agree() -> None:
         ({"threshold": 1.0, "criterion": "l2"}, "compares magnitudes"),
         ({"sparsity": 0.8, "granularity": "2:4"}, "2:4 has the sparsity 0.5, not 0.8"),
         ({"sparsity": 0.5, "granularity": "4:4"}, "N:M wants"),
+        ({"sparsity": 0.5, "granularity": 4}, "is no text"),
         ({"sparsity": 0.5, "granularity": "rows"}, "'rows' is unknown"),
         ({"sparsity": 0.5, "criterion": "wanda"}, "'wanda' needs data"),
         ({"sparsity": 0.5, "criterion": "taylor", "data": [1]}, "needs a loss"),
@@ -276,6 +292,13 @@ def test_an_interruption_leaves_the_graph_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         pruned(graph, Prune(0.5, criterion="taylor", data=batches(), loss=stop))
     assert graph.to_text() == text
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "hessian"])
+def test_a_generator_serves_for_one_sweep_of_inputs(criterion: str) -> None:
+    graph = traced()
+    report = pruned(graph, Prune(0.5, criterion=criterion, data=iter(batches())))
+    assert "white inputs" in " ".join(report.remarks)
 
 
 def test_a_generator_serves_for_one_sweep() -> None:

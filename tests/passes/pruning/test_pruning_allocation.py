@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 
@@ -20,6 +21,7 @@ from graphopt.passes.pruning.layers_to_prune import prunable_layers
 from graphopt.report import totals
 
 
+@functools.cache
 def shares(by_macs: bool = False) -> list[Share]:
     layers, _ = prunable_layers(traced())
     return [
@@ -67,6 +69,17 @@ def test_erdos_renyi_kernel_densities() -> None:
             ratios.append(density / factor)
     assert len(ratios) >= 2
     assert max(ratios) == pytest.approx(min(ratios), rel=1e-3)
+
+
+@given(st.integers(0, 10_000), st.floats(0.0, 0.95))
+def test_sensitivities_of_any_shape_meet_the_budget(seed: int, fraction: float) -> None:
+    chance, given_shares = random.Random(seed), shares()
+    errors = {s.layer: [0.0, *(chance.random() for _ in allocation.LEVELS[1:])]
+              for s in given_shares}  # fmt: skip
+    removed = fraction * sum(share.total for share in given_shares)
+    found = allocation.by_sensitivity(given_shares, removed, allocation.LEVELS, errors)
+    assert removed_by(given_shares, found) == pytest.approx(removed, abs=1e-6)
+    assert all(0 <= s <= allocation.MOST for s in found.values())
 
 
 def all_weights(graph: graphopt.Graph) -> torch.Tensor:

@@ -16,7 +16,7 @@ from graphopt.pipeline import Context, Pipeline
 from graphopt.target import Target
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(1)
     layers = [module for _ in range(6) for module in (nn.Linear(32, 32), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(32, 64))
@@ -68,15 +68,17 @@ def test_layers_that_do_not_pay_stay_dense() -> None:
 
 
 def test_sensitive_layers_are_spared() -> None:
-    """With data, layers that the results depend on most are pruned least."""
+    """The third layer's result is nearly constant: with data, it and those before it are pruned,
+    and those after it are not."""
     model = network()
     with torch.no_grad():
-        model[0].weight.mul_(torch.linspace(0.0, 2.0, 32).square())
+        model[4].weight.mul_(1e-4)
     x = [torch.randn(16, 32)]
     graph = traced(model, x[0])
-    report = pruned(graph, Prune(speedup=1.5, data=x), machine())
+    report = pruned(graph, Prune(speedup=1.3, data=x), machine())
     asked = {row[0]: row[2] for row in report.rows}
-    assert asked["0"] >= max(asked.values()) - 0.05, "pruning it costs next to nothing"
+    assert min(asked["0"], asked["2"], asked["4"]) >= 0.5
+    assert asked["6"] == asked["8"] == asked["10"] == asked["12"] == 0
 
 
 @pytest.mark.parametrize("granularity", ["unstructured", "2:4"])
