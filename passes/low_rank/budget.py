@@ -9,6 +9,7 @@ import numpy as np
 
 STEPS = 20_000
 """Into how many parts the budget is divided; costs are rounded up to them."""
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def choose(layers: Sequence[Sequence[Option]], budget: float) -> list[int] | Non
     cheapest = [min(range(len(options)), key=lambda k: options[k].cost) for options in layers]
     fixed = [options[k].cost for options, k in zip(layers, cheapest, strict=True)]
     room = budget - sum(fixed)
-    if room < 0:
+    if room < -ROUNDING * abs(budget):
         return None
     part = max(room / STEPS, 1e-300)
     least = np.zeros(STEPS + 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from graphopt.errors import PassError
 from graphopt.ir.patterns import Decline
 from graphopt.passes.low_rank.factors import Chain, side_by_side
-from graphopt.passes.low_rank.methods import Family, Ranks, family
+from graphopt.passes.low_rank.methods import PRODUCTS, Family, Ranks, family
 from graphopt.passes.low_rank.moments import Moments
 from graphopt.passes.low_rank.splitting import Splitting
 from graphopt.passes.low_rank.subjects import Subject
@@ -217,7 +217,7 @@ def candidates_of(
             if isinstance(one, Decline):
                 declined[method] = one.reason
                 break
-            made.append(one if moments is None else on_data(one, kernel, moments, group))
+            made.append(one if moments is None else on_data(method, one, kernel, moments, group))
         else:
             families[method] = made
             channels = kernels[0].shape[1]
@@ -239,18 +239,12 @@ class LayerMoments:
     outputs: list[Moments]
 
 
-def on_data(one: Family, kernel: Tensor, moments: LayerMoments, group: int) -> Family:
-    """The same decompositions for the layer's output on data."""
-    if is_product(one):
+def on_data(method: str, one: Family, kernel: Tensor, moments: LayerMoments, group: int) -> Family:
+    """The decompositions by a method, for the layer's output on data."""
+    if method in PRODUCTS:
         assert isinstance(one, Splitting)
         return PrincipalOutputs(one, kernel, moments.outputs[group])
     return Refined(one, kernel, moments.inputs[group])
-
-
-def is_product(one: Family) -> bool:
-    """Whether a family splits the kernel into a single matrix product, of which only the outputs
-    need be known."""
-    return isinstance(one, Splitting) and one.splits == 1
 
 
 def _undominated(priced: list[tuple[int, Candidate]]) -> list[Candidate]:

@@ -24,14 +24,12 @@ from graphopt.passes.low_rank.candidates import (
 from graphopt.passes.low_rank.gate import Gate
 from graphopt.passes.low_rank.gathering import gather, gather_pairs
 from graphopt.passes.low_rank.merging import merge_neighbours
-from graphopt.passes.low_rank.methods import AUTOMATIC, METHODS
+from graphopt.passes.low_rank.methods import AUTOMATIC, METHODS, PRODUCTS
 from graphopt.passes.low_rank.replacement import replace_layer
 from graphopt.passes.low_rank.selection import Budget, Limit, Selection, layer_by_layer
 from graphopt.passes.low_rank.subjects import Subject, subject_of
 from graphopt.pipeline import Context, register_pass
 
-OF_PRODUCTS = ("svd", "channel")
-"""Methods that need only know a layer's outputs."""
 BUDGETS = {"macs", "parameters", "speedup"}
 """Options that may be given together."""
 
@@ -223,8 +221,8 @@ class LowRank:
     def _needs(self, subject: Subject) -> tuple[bool, bool]:
         """Whether inputs and outputs of a layer are to be known."""
         has_taps = math.prod(subject.weight.shape[2:]) > 1
-        others = [method for method in self._methods if method not in OF_PRODUCTS]
-        return bool(others) and has_taps, set(self._methods) & set(OF_PRODUCTS) != set()
+        others = [method for method in self._methods if method not in PRODUCTS]
+        return bool(others) and has_taps, set(self._methods) & set(PRODUCTS) != set()
 
     def _select(
         self, graph: Graph, layers: list[Candidates], gate: Gate | None, ctx: Context
@@ -281,7 +279,7 @@ class LowRank:
             subject, fitted = one.subject, one
             macs, parameters = subject.macs(), subject.parameters()
             if original is not None and data is not None and rows:
-                inputs = candidate.method not in OF_PRODUCTS
+                inputs = candidate.method not in PRODUCTS
                 moments = gather_pairs(original, graph, subject, inputs, data)
                 fitted = candidates_of(
                     subject, [candidate.method], ctx.generator, self.groups, 1, moments

@@ -62,6 +62,11 @@ AUTOMATIC = ("svd", "grouped", "depthwise_separable", "spatial", "tucker2")
 """What ``method="auto"`` chooses from: all that are known at every rank after one decomposition."""
 
 
+PRODUCTS = ("svd", "channel")
+"""Those that split the kernel into a single matrix product, of which only the layer's outputs need
+be known to fit it to data."""
+
+
 def family(
     method: str, kernel: Tensor, generator: torch.Generator, splits: int = 2
 ) -> Family | Decline:

@@ -248,6 +248,26 @@ def test_data_makes_the_network_better_on_data(options):
     assert on_data < 0.8 * plain
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_a_single_channel_and_on_groups(method, asymmetric):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 6)
+    ).eval()
+    x = torch.randn(6, 1, 8, 8, generator=generator())
+    graph = graphopt.trace(model, x)
+    ctx = Context()
+    one = LowRank((method, "svd"), energy=0.9999, data=[x], asymmetric=asymmetric,
+                  only_faster=False)  # fmt: skip
+    Pipeline([one]).run(graph, ctx)
+    with torch.no_grad():
+        exact = model(x)
+    assert len(ctx.reports[-1].rows) == 3
+    error = (graphopt.reference.run(graph, [x])[0] - exact).norm() / exact.norm()
+    assert error < 0.05
+
+
 def test_the_asymmetric_variant_makes_up_for_earlier_layers():
     x = images(16, seed=1)
     data = [images(16, seed=2), images(16, seed=3)]
