@@ -15,6 +15,7 @@ from graphopt.passes.linear_merging import MergeLinears
 from graphopt.passes.low_rank.low_rank import LowRank
 from graphopt.passes.padding_folding import FoldPadding
 from graphopt.passes.pruning.prune import Prune
+from graphopt.passes.pruning.prune_depth import PruneDepth
 from graphopt.passes.quantization.batch_norm_reestimation import BatchNormReestimation
 from graphopt.passes.quantization.bias_absorption import HighBiasAbsorption
 from graphopt.passes.quantization.bias_correction import BiasCorrection
@@ -46,6 +47,7 @@ __all__ = [
     "LowRank",
     "MergeLinears",
     "Prune",
+    "PruneDepth",
     "Quantize",
     "Reconstruction",
     "Simplification",

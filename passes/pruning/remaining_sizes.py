@@ -156,6 +156,17 @@ def _group_norm(graph: Graph, node: Node, left: Remaining) -> None:
     graph.set_operand(node, "num_groups", groups)
 
 
+def _squeeze(graph: Graph, node: Node, left: Remaining) -> None:
+    """A dimension of which one channel is left is not one of those that were of size 1."""
+    axes = left.axes[node["self"].name]
+    ones = [d for d, axis in enumerate(axes) if all(size == 1 for size in axis.sizes)]
+    explicit = graph.add("aten.squeeze.dims", node["self"], ones, before=node, origin=node.origin)
+    name = node.output.name
+    graph.replace(node.output, explicit)
+    graph.erase(node)
+    graph.rename(explicit, name)
+
+
 _EQUAL_SPLITS = ("aten.split.Tensor", "aten.chunk")
 _RULES: dict[str, Callable[[Graph, Node, Remaining], Any]] = {
     "aten.reshape": _shape("shape"),
@@ -165,6 +176,7 @@ _RULES: dict[str, Callable[[Graph, Node, Remaining], Any]] = {
     "aten.broadcast_to": _shape("size"),
     "aten.unflatten.int": _unflatten,
     **dict.fromkeys((*_EQUAL_SPLITS, "aten.split_with_sizes", "aten.split.sizes"), _split),
+    "aten.squeeze": _squeeze,
     "aten.slice.Tensor": _slice,
     "aten.narrow": _slice,
     "aten.select.int": _select,

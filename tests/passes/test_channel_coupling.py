@@ -367,6 +367,12 @@ def test_unflatten_squeeze_expand_repeat() -> None:
     assert_prunes(n.done(n.linear(x, 3)), [(8, 1)])
 
 
+def test_a_last_channel_is_not_squeezed() -> None:
+    n = net(3, 6, 6)
+    x = n("aten.adaptive_avg_pool2d", n.convolution(n.x, 8), [1, 1])
+    assert_prunes(n.done(n.linear(n("aten.squeeze", x), 3)), [(8, 1)])
+
+
 @pytest.mark.parametrize("groups", [2, 3])
 @pytest.mark.parametrize("written_out", [True, False])
 def test_channel_shuffle(groups: int, written_out: bool) -> None:
