@@ -41,6 +41,7 @@ BATCH = 16
 
 GRAPHOPT: dict[str, dict[str, Any]] = {
     "default": {},
+    "first layer in floats": {"ignore": ["_conv_stem"]},
     "reconstruction": {"method": "reconstruction"},
     "equalised": {"equalise": 0.5},
     "nearest, bias corrected": {"method": "nearest"},

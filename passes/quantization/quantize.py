@@ -68,7 +68,9 @@ class Quantize:
         fuse_additions: a residual addition is part of the layer before it, and the sum alone is
             quantized. False also quantizes what is added, which onnxruntime's integer kernels
             need, and costs accuracy.
-        ignore: layers that stay in floats: module paths, regular expressions, module types.
+        ignore: layers that stay in floats: module paths, regular expressions, module types. An
+            image whose colours are normalised differently may lose most where it is quantized
+            with one scale: then the first layer is worth it.
         target_sqnr: leave as few layers in floats as give the outputs this ratio of signal to
             quantization noise, in decibels.
         max_drop: the same for how much of ``evaluate`` may be lost.
