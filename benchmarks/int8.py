@@ -34,6 +34,7 @@ from graphopt.ir import Graph, Node, Value
 
 IMAGES = ("resnet50", "mobilenet_v2", "efficientnet_lite0")
 _CLAMPS = "aten.relu aten.relu6 aten.hardtanh aten.clamp aten.clamp_min aten.clamp_max".split()
+_PADS = ("aten.pad", "aten.constant_pad_nd")
 _PRODUCTS = ("aten.conv2d", "aten.conv2d.padding", "aten.linear")
 _SAME_SCALE = (
     "aten.max_pool2d",
@@ -127,6 +128,8 @@ def _through_bytes(graph: Graph, value: Value, low: float, high: float) -> None:
 def _quantize_layer(graph: Graph, node: Node) -> None:
     """A layer's weight as int8, its bias as int32."""
     source = node["input"].producer
+    while source is not None and source.op in _PADS:
+        source = source["self"].producer
     if source is None or source.op != "graphopt.dequantize":
         return
     weight = node["weight"].constant.detach()
