@@ -18,11 +18,9 @@ NAMES = (
     "shufflenet_v2_x1_0",
     "squeezenet1_1",
     "timm/lcnet_050",
-    "timm/levit_128s",
     "timm/mobilevit_xxs",
     "transformers/bert",
     "transformers/llama",
-    "transformers/t5_encoder",
     "transformers/wav2vec2",
 )
 EXPORTED = ("mobilenet_v3_small", "timm/mobilevit_xxs", "transformers/llama")
