@@ -174,10 +174,10 @@ class Register:
     def __invert__(self) -> Register:
         return self._with(self.builder.not_(self.value))
 
-    def __lshift__(self, bits: int) -> Register:
+    def __lshift__(self, bits: Register | int) -> Register:
         return self._with(self.builder.shl(self.value, self._operand(bits)))
 
-    def __rshift__(self, bits: int) -> Register:
+    def __rshift__(self, bits: Register | int) -> Register:
         """Shift right; the sign is extended for signed elements."""
         shift = self.builder.ashr if self.type.signed else self.builder.lshr
         return self._with(shift(self.value, self._operand(bits)))

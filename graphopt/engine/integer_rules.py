@@ -223,9 +223,9 @@ def _convolution(scope: Scope, node: Node, target: Target) -> IntegerUnit | None
     problem = IntegerConvolutionProblem(
         tuple(operands),
         (y,),
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
+        (geometry.stride[0], geometry.stride[1]),
+        (geometry.padding[0], geometry.padding[1]),
+        (geometry.dilation[0], geometry.dilation[1]),
         geometry.groups,
     )
     return make_unit(problem, tuple(inputs), target, node)
