@@ -100,6 +100,8 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     image = image_of(problem)
     if image is None or image.taps != 1 or image.size != image.out_size or image.size[0] != 1:
         return []
+    if image.stride != (1, 1):  # padding after the image can make up for it
+        return []
     if problem.outputs[0].size == 0 or image.channels > _MOST_CHANNELS:
         return []
     # The last panel ends with the image, so that all are whole.

@@ -51,6 +51,9 @@ CASES = {
     "image of one pixel": Convolution((3, 40, 1, 1), 70, (1, 1)),
     "as large as the kernel": Convolution((2, 5, 4, 3), 2 * LANES + 1, (4, 3)),
     "kernel wider than its image": Convolution((1, 3, 2, 2), 4, (2, 2), (4, 4), ((1, 1), (1, 1))),
+    "stride and padding that leave the size": Convolution(
+        (1, 3, 1, 64), 8, (1, 1), (1, 2), ((0, 0), (0, 64))
+    ),
     "dilated, as many pixels as taps": Convolution(
         (1, 2, 1, 2), 4, (1, 2), (1, 1), ((0, 0), (0, 2)), (1, 3)
     ),
