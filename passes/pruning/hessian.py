@@ -74,9 +74,12 @@ def damped(moment: Tensor, damping: float, rounding: float = 0.0) -> Tensor:
     diagonal = moment.diagonal()
     added = torch.full_like(diagonal, damping * float(diagonal.clamp_min(0).mean()) + rounding)
     added[diagonal + added <= 0] = 1.0
-    while torch.linalg.cholesky_ex(moment + torch.diag(added)).info:
+    result = moment.clone()
+    result.diagonal().add_(added)
+    while torch.linalg.cholesky_ex(result).info:
+        result.diagonal().add_(9 * added)
         added = added * 10
-    return moment + torch.diag(added)
+    return result
 
 
 def prune(problem: Problem, granularity: Granularity, sparsity: float) -> Tensor:
