@@ -15,7 +15,6 @@ from graphopt.passes.linear_merging import MergeLinears
 from graphopt.passes.low_rank.low_rank import LowRank
 from graphopt.passes.padding_folding import FoldPadding
 from graphopt.passes.pruning.prune import Prune
-from graphopt.passes.pruning.prune_depth import PruneDepth
 from graphopt.passes.quantization.batch_norm_reestimation import BatchNormReestimation
 from graphopt.passes.quantization.bias_absorption import HighBiasAbsorption
 from graphopt.passes.quantization.bias_correction import BiasCorrection
@@ -47,7 +46,6 @@ __all__ = [
     "LowRank",
     "MergeLinears",
     "Prune",
-    "PruneDepth",
     "Quantize",
     "Reconstruction",
     "Simplification",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.errors import PassError
+
 BLOCK = 64
 """Columns that are rounded before what they left behind reaches the columns after them."""
 
@@ -65,11 +67,23 @@ def _columns(weight: Tensor, scale: Tensor, factor: Tensor, limit: int) -> Tenso
 
 
 def damped(covariance: Tensor) -> Tensor:
-    """A covariance that has an inverse, also where inputs are always zero."""
+    """A covariance that has an inverse, also where inputs never vary and rounding leaves what is
+    not quite zero.
+
+    Raises:
+        PassError: it is not finite.
+    """
+    if not covariance.isfinite().all():
+        raise PassError("with this calibration data, values in the network are not finite")
+    covariance = covariance.double()
     diagonal = covariance.diagonal(dim1=1, dim2=2)
-    extra = (DAMPING * diagonal.mean(1)).clamp_min(torch.finfo(torch.float32).tiny)
+    least = torch.finfo(torch.float64).eps * diagonal.abs().amax(1)
+    extra = torch.maximum(DAMPING * diagonal.mean(1), least)
+    extra = extra.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
     identity = torch.eye(covariance.shape[1], dtype=torch.float64)
-    return covariance.double() + extra[:, None, None] * identity
+    while (failed := torch.linalg.cholesky_ex(covariance + extra * identity).info != 0).any():
+        extra = torch.where(failed[:, None, None], 10 * extra, extra)
+    return covariance + extra * identity
 
 
 def row_errors(weight: Tensor, rounded: Tensor, covariance: Tensor) -> Tensor:

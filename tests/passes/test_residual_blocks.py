@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from pass_support import Net, ops, random_inputs
 from torch import nn
 
 import graphopt
-from graphopt import Context, Pipeline, reference
+from graphopt import reference
 from graphopt.calibration import CalibrationData
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Value
-from graphopt.passes import PruneDepth
 from graphopt.passes.pruning.residual_blocks import (
     block_influence,
     find_residual_blocks,
@@ -153,45 +151,3 @@ def test_blocks_that_are_gone_are_refused() -> None:
     with pytest.raises(PassError, match=r"the block blocks\.0 is not part of the graph"):
         remove_blocks(graph, [blocks[1], blocks[0]])
     assert graph.to_text() == before
-
-
-def test_the_pass_removes_the_blocks_of_least_influence_and_reports() -> None:
-    _, graph, x = traced()
-    blocks = find_residual_blocks(graph)
-    influence = block_influence(graph, blocks, CalibrationData([x]))
-    expected = graph.clone()
-    remove_blocks(expected, [find_residual_blocks(expected)[int(influence.argmin())]])
-    ctx = Context()
-    Pipeline([PruneDepth(1, data=[x])]).run(graph, ctx)
-    assert graph.to_text() == expected.to_text()
-    (report,) = ctx.reports
-    assert [row[0] for row in report.rows] == ["blocks.0", "blocks.1", "blocks.2"]
-    assert [row[2] for row in report.rows].count("removed") == 1
-
-
-def test_the_pass_meets_a_budget_of_multiply_adds() -> None:
-    _, graph, x = traced()
-    Pipeline([PruneDepth(macs=0.5, data=[x], ignore="blocks.1")]).run(graph)
-    assert [block.name for block in find_residual_blocks(graph)] == ["blocks.1"]
-
-
-def test_the_pass_changes_nothing_where_it_cannot_reach_its_aim() -> None:
-    _, graph, x = traced()
-    before = graph.to_text()
-    for one, message in (
-        (PruneDepth(4, data=[x]), "no more than 3 residual blocks"),
-        (PruneDepth(macs=0.1, data=[x], ignore="blocks.1"), r"no more than 2 .* are left"),
-        (PruneDepth(1, data=[x], ignore="blocks"), "no residual block that may go"),
-    ):
-        with pytest.raises(PassError, match=message):
-            one.run(graph, Context())
-        assert graph.to_text() == before
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"blocks": 0}, {"blocks": 1, "macs": 0.5}, {"macs": 1.5}, {"blocks": 1, "data": None}],
-)
-def test_bad_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(PassError):
-        PruneDepth(**{"data": [], **options})

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from graphopt.errors import PassError
 from graphopt.passes.quantization.gptq import damped, round_gptq, row_errors
 from graphopt.passes.quantization.rounding import round_by_reconstruction
 from graphopt.passes.quantization.statistics import shrunk
@@ -107,3 +108,18 @@ def test_shrinking_by_the_formula() -> None:
     expected = (1 - min(share, 1)) * matrix + min(share, 1) * trace / p * torch.eye(2)
     torch.testing.assert_close(shrunk(matrix, n), expected.double())
     torch.testing.assert_close(shrunk(matrix, 10**9), matrix, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("level", [0.0, -1e-15, 1e-300])
+def test_inputs_that_never_vary(method: Method, level: float) -> None:
+    """What is left of their covariance is rounding, and may be negative."""
+    weight, _ = problem(0)
+    scale = torch.full((1, 3, 1), 0.3)
+    steps = method(weight, scale, level * torch.eye(6, dtype=torch.float64)[None], 127)
+    assert (steps * 0.3 - weight).abs().max() <= 0.3
+
+
+def test_moments_that_are_not_finite() -> None:
+    with pytest.raises(PassError, match="not finite"):
+        damped(torch.full((1, 2, 2), torch.nan, dtype=torch.float64))
