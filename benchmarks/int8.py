@@ -1,9 +1,9 @@
 """int8 networks in graphopt and in ONNX Runtime, beside float32: time of a call, interleaved.
 
 Ranges of activations are the least and largest numbers in one batch, in graphopt and in ONNX
-Runtime's own quantizer alike; weights are quantized per output channel. With ``--blocks 2x4
---sparsity 0.8``, blocks of so many output by so many input channels with the smallest weights are
-zero in all of them. Convolutions of the image itself and depthwise ones stay dense.
+Runtime's own quantizer alike; weights are quantized per output channel, to the nearest step. With
+``--blocks 2x4 --sparsity 0.8``, blocks of so many output by so many input channels with the
+smallest weights are zero in all of them; the first and depthwise convolutions stay dense.
 
     python benchmarks/int8.py
     python benchmarks/int8.py --networks resnet50 --blocks 1x4 2x4 --sparsity 0.8
@@ -21,146 +21,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from inference import NETWORKS, ROOT, Inputs, Run, arguments_of, interleaved, machine
+from inference import NETWORKS, ROOT, Inputs, Run, interleaved, machine
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import graphopt
-from graphopt import reference
-from graphopt.engine import compile_graph
-from graphopt.ir import Graph, Node, Value
+from graphopt.passes import Prune, Quantize
 
 IMAGES = ("resnet50", "mobilenet_v2", "efficientnet_lite0")
-_CLAMPS = "aten.relu aten.relu6 aten.hardtanh aten.clamp aten.clamp_min aten.clamp_max".split()
-_PADS = ("aten.pad", "aten.constant_pad_nd")
-_PRODUCTS = ("aten.conv2d", "aten.conv2d.padding", "aten.linear")
-_SAME_SCALE = (
-    "aten.max_pool2d",
-    "aten.avg_pool2d",
-    "aten.adaptive_avg_pool2d",
-    "aten.mean.dim",
-    "aten.flatten.using_ints",
-)
 
 
-def prune_blocks(network: nn.Module, rows: int, columns: int, sparsity: float) -> None:
-    """Set the blocks with the smallest weights of every layer to zero, in place."""
-    for module in network.modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear):
-            continue
-        weight = module.weight.detach()
-        outputs, inputs = weight.shape[:2]
-        if outputs % rows or inputs % columns:
-            continue
-        blocks = weight.reshape(outputs // rows, rows, inputs // columns, columns, -1)
-        sizes = blocks.abs().sum((1, 3), keepdim=True)
-        threshold = sizes.flatten().kthvalue(max(int(sparsity * sizes.numel()), 1)).values
-        with torch.no_grad():
-            module.weight.copy_((blocks * (sizes > threshold)).reshape(weight.shape))
-
-
-# -- quantize and dequantize nodes by least and largest numbers -----------------------------------
-
-
-def quantize(graph: Graph, inputs: list[Tensor]) -> None:
-    """Quantize a graph's layers and what flows between them, in place."""
-    shared: dict[Value, Value] = {}
-    ends = list(graph.inputs)
-    for node in graph.nodes:
-        if node.op in (*_PRODUCTS, "aten.add.Tensor", "aten.cat"):
-            end = _end(node)
-            if end not in ends and not end.is_output:
-                ends.append(end)
-        elif node.op in _SAME_SCALE and node["self"] in ends:
-            shared[node.output] = shared.get(node["self"], node["self"])
-            ends.append(node.output)
-    ranges = dict(zip(graph.inputs, map(_range, inputs), strict=True))
-
-    def observe(node: Node, results: list[Tensor]) -> None:
-        for value, result in zip(node.outputs, results, strict=True):
-            if value in ends:
-                ranges[value] = _range(result)
-
-    reference.run(graph, inputs, observe=observe)
-    for end in ends:
-        _through_bytes(graph, end, *ranges[shared.get(end, end)])
-    for node in list(graph.nodes):
-        if node.op in _PRODUCTS:
-            _quantize_layer(graph, node)
-
-
-def _end(node: Node) -> Value:
-    """What a layer yields after the sum and the activations that follow it alone."""
-    value = node.output
-    while (user := value.only_user()) is not None:
-        is_sum = user.op == "aten.add.Tensor" and node.op in _PRODUCTS
-        if not is_sum and user.op not in _CLAMPS:
-            break
-        value = user.output
-    return value
-
-
-def _range(x: Tensor) -> tuple[float, float]:
-    return min(0.0, float(x.min())), max(0.0, float(x.max()))
-
-
-def _through_bytes(graph: Graph, value: Value, low: float, high: float) -> None:
-    scale = max((high - low) / 255, 1e-8)
-    users = list(value.users)
-    parameters = (
-        graph.constant(torch.tensor(scale)),
-        graph.constant(torch.tensor(round(-low / scale), dtype=torch.uint8)),
-    )
-    scheme = (*parameters, None, 0, 255, torch.uint8)
-    first = next(node for node in graph.nodes if node in users)
-    q = graph.add("graphopt.quantize", value, *scheme, before=first)
-    back = graph.add("graphopt.dequantize", q, *scheme, before=first)
-    for user in users:
-        for name, operand in list(user.operands.items()):
-            if operand is value:
-                graph.set_operand(user, name, back)
-            elif isinstance(operand, list | tuple) and value in operand:
-                graph.set_operand(user, name, [back if v is value else v for v in operand])
-
-
-def _quantize_layer(graph: Graph, node: Node) -> None:
-    """A layer's weight as int8, its bias as int32."""
-    source = node["input"].producer
-    while source is not None and source.op in _PADS:
-        source = source["self"].producer
-    if source is None or source.op != "graphopt.dequantize":
-        return
-    weight = node["weight"].constant.detach()
-    scale = (weight.flatten(1).abs().amax(1) / 127).clamp(min=1e-8)
-    along = scale.reshape(-1, *[1] * (weight.dim() - 1))
-    steps = (weight / along).round().clamp(-127, 127).to(torch.int8)
-    made = graph.add(
-        "graphopt.dequantize", graph.constant(steps), graph.constant(scale), None, 0, -127, 127,
-        torch.int8, before=node,
-    )  # fmt: skip
-    graph.set_operand(node, "weight", made)
-    if node["bias"] is None:
-        return
-    unit = scale * source["scale"].constant
-    bias = (node["bias"].constant.detach() / unit).round().to(torch.int32)
-    made = graph.add(
-        "graphopt.dequantize", graph.constant(bias), graph.constant(unit), None, 0, -(2**31),
-        2**31 - 1, torch.int32, before=node,
-    )  # fmt: skip
-    graph.set_operand(node, "bias", made)
+def pruning(network: nn.Module, blocks: str, sparsity: float) -> list[Prune]:
+    """The pass for blocks of weights, or none for "dense"."""
+    if blocks == "dense":
+        return []
+    first = next(name for name, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    return [Prune(sparsity, granularity=blocks, ignore=first)]
 
 
 # -- backends ------------------------------------------------------------------------------------
 
 
-def _graphopt_int8(network: nn.Module, inputs: Inputs, threads: int) -> Run:
-    graph = graphopt.optimize(network, arguments_of(inputs), threads=threads).graph.clone()
-    given = list(inputs.values())
-    quantize(graph, given)
-    plan = compile_graph(graph, threads=threads)
-    return lambda: plan.run(*given)
+def _graphopt_int8(network: nn.Module, inputs: Inputs, passes: list[Prune], threads: int) -> Run:
+    x = inputs["x"]
+    quantize = Quantize(data=[x], observer="min-max", method="nearest", correct_bias=False)
+    optimized = graphopt.optimize(network, x, [*passes, quantize], threads=threads)
+    return lambda: optimized(x)
 
 
 def _onnxruntime(model: Path, inputs: Inputs, threads: int) -> Run:
@@ -199,7 +87,7 @@ def _quantize_onnx(model: Path, target: Path, inputs: Inputs) -> None:
 
 def measure(
     name: str,
-    blocks: tuple[int, int] | None,
+    blocks: str,
     sparsity: float,
     threads: int,
     rounds: int,
@@ -208,17 +96,17 @@ def measure(
     """One network: seconds per call, by backend. Exported models in ``folder`` are taken."""
     torch.manual_seed(0)
     network, inputs = NETWORKS[name](1)
-    if blocks is not None:
-        prune_blocks(network, *blocks, sparsity)
-    form = "dense" if blocks is None else f"{blocks[0]}x{blocks[1]} {sparsity:.0%}"
+    passes = pruning(network, blocks, sparsity)
+    form = f"{blocks} {sparsity:.0%}" if passes else blocks
     model = folder / f"{name}-{form.replace(' ', '-').rstrip('%')}.onnx"
     quantized = model.with_name(f"{model.stem}-int8.onnx")
     with torch.no_grad():
         if not quantized.exists():
-            graphopt.optimize(network, arguments_of(inputs)).export_onnx(model, verify=False)
+            pruned = graphopt.optimize(network, inputs["x"], passes)
+            pruned.export_onnx(model, verify=False)
             _quantize_onnx(model, quantized, inputs)
         runs = {
-            "graphopt int8": _graphopt_int8(network, inputs, threads),
+            "graphopt int8": _graphopt_int8(network, inputs, passes, threads),
             "onnxruntime fp32": _onnxruntime(model, inputs, threads),
             "onnxruntime int8": _onnxruntime(quantized, inputs, threads),
         }
@@ -268,10 +156,8 @@ def main() -> None:
         task = progress.add_task("measuring", total=len(jobs))
         for name, form in jobs:
             progress.update(task, description=f"{name}, {form}")
-            rows, _, columns = form.partition("x")
-            blocks = None if form == "dense" else (int(rows), int(columns))
             records.append(
-                measure(name, blocks, options.sparsity, options.threads, options.rounds, folder)
+                measure(name, form, options.sparsity, options.threads, options.rounds, folder)
             )
             file.write_text(json.dumps({"machine": machine(), "records": records}, indent=1))
             progress.advance(task)
