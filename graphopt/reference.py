@@ -20,6 +20,7 @@ def run(
     *,
     dtype: torch.dtype | None = None,
     observe: Callable[[Node, list[Any]], None] | None = None,
+    until: Node | None = None,
 ) -> list[Any]:
     """Evaluate a graph.
 
@@ -30,9 +31,11 @@ def run(
             floating inputs, constants and results are converted, and so are dtypes among the
             operands.
         observe: called with every node and its results.
+        until: the last node to evaluate, where only what is observed matters.
 
     Returns:
-        The flat outputs; `Graph.interface` knows the model's structure for them.
+        The flat outputs; `Graph.interface` knows the model's structure for them. Nothing with
+        ``until``.
 
     Raises:
         GraphError: the number, dtypes or ranks of the inputs are not the graph's.
@@ -40,26 +43,37 @@ def run(
     _check(graph, inputs)
     with torch.no_grad():
         environment: dict[Value, Any] = {}
-        last_use = _last_uses(graph)
+        last_use = last_uses(graph)
         for value, given in zip(graph.inputs, inputs, strict=True):
             environment[value] = _convert(given, dtype)
         for value in graph.constants:
             environment[value] = _convert(value.constant, dtype)
         for node in graph.nodes:
-            results = [
-                _convert(result, dtype)
-                for result in flatten_results(evaluate(node, environment, dtype))
-            ]
-            if len(results) != len(node.outputs):
-                raise GraphError(f"{node} gave {len(results)} results")
+            results = results_of(node, environment, dtype)
             environment.update(zip(node.outputs, results, strict=True))
             if observe is not None:
                 observe(node, results)
+            if node is until:
+                return []
             for value in last_use.get(node, ()):
                 del environment[value]
         return [
             environment[output] if isinstance(output, Value) else output for output in graph.outputs
         ]
+
+
+def results_of(
+    node: Node, environment: Mapping[Value, Any], dtype: torch.dtype | None = None
+) -> list[Any]:
+    """What `evaluate` gives, one result per output of the node.
+
+    Raises:
+        GraphError: there are more or fewer.
+    """
+    flat = flatten_results(evaluate(node, environment, dtype))
+    if len(flat) != len(node.outputs):
+        raise GraphError(f"{node} gave {len(flat)} results")
+    return [_convert(result, dtype) for result in flat]
 
 
 def evaluate(node: Node, environment: Mapping[Value, Any], dtype: torch.dtype | None = None) -> Any:
@@ -82,7 +96,8 @@ def _convert(given: Any, dtype: torch.dtype | None) -> Any:
     return given.to(dtype)
 
 
-def _last_uses(graph: Graph) -> dict[Node, list[Value]]:
+def last_uses(graph: Graph) -> dict[Node, list[Value]]:
+    """By node: the values that nobody needs after it, which are no outputs of the graph."""
     last: dict[Value, Node] = {}
     for node in graph.nodes:
         for value in node.input_values():

@@ -10,10 +10,9 @@ import torch
 
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node, ScalarType, TensorType, Value
-from graphopt.ir.inference import flatten_results
 from graphopt.ir.value import substitute, values_in
 from graphopt.pipeline import Context, register_pass
-from graphopt.reference import evaluate
+from graphopt.reference import results_of
 
 _SIZE = "aten.sym_size.int"
 _TRANSIENT_BYTES = 1 << 28  # the most that one intermediate result may take while folding
@@ -173,7 +172,7 @@ def _compute(value: Value, computed: dict[Value, Any]) -> torch.Tensor:
             pending += missing
             if not missing:
                 with torch.no_grad():
-                    results = flatten_results(evaluate(node, computed))
+                    results = results_of(node, computed)
                 computed.update(zip(node.outputs, results, strict=True))
     tensor: torch.Tensor = computed[value]
     return tensor

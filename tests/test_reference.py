@@ -75,6 +75,19 @@ def test_observing():
     assert torch.equal(seen[1][1][0], -torch.ones(3))
 
 
+def test_nothing_is_evaluated_after_the_last_that_is_wanted():
+    graph = Graph()
+    x = graph.add_input("x", TensorType(F32, (3,)))
+    first = graph.add("aten.relu", x)
+    graph.set_outputs([graph.add("aten.neg", first), graph.add("aten.abs", x)])
+    seen = []
+    results = reference.run(
+        graph, [torch.ones(3)], observe=lambda node, _: seen.append(node), until=first.producer
+    )
+    assert results == []
+    assert seen == [first.producer]
+
+
 def test_values_are_released_after_their_last_use():
     graph = Graph()
     value = graph.add_input("x", TensorType(F32, (1000, 1000)))

@@ -87,28 +87,20 @@ def gather_pairs(
     return moments
 
 
-class _Found(Exception):
-    """Ends the evaluation of a graph when the value that is wanted is known."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def _value_of(graph: Graph, name: str, inputs: Sequence[Tensor]) -> Tensor:
     """A value of a graph; what comes after it is not computed."""
     wanted = graph.value(name)
     if wanted in graph.inputs:
         return inputs[graph.inputs.index(wanted)]
 
-    def stop(node: Node, results: list[Tensor]) -> None:
-        if wanted.producer is node:
-            raise _Found(results[wanted.index])
+    found: list[Tensor] = []
 
-    try:
-        reference.run(graph, inputs, observe=stop)
-    except _Found as found:
-        return found.tensor
-    raise AssertionError(f"%{name} is no result of the graph")
+    def keep(node: Node, results: list[Tensor]) -> None:
+        if wanted.producer is node:
+            found.append(results[wanted.index])
+
+    reference.run(graph, inputs, observe=keep, until=wanted.producer)
+    return found[0]
 
 
 def empty(subject: Subject, inputs: bool, outputs: bool, pairs: bool = False) -> LayerMoments:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt import reference
 from graphopt.calibration import CalibrationData
 from graphopt.ir import Graph, Node, Value
-from graphopt.ir.inference import flatten_results
 from graphopt.passes.pruning import hessian
 from graphopt.passes.pruning.granularity import Granularity
 from graphopt.passes.pruning.layer_inputs import as_matrix, columns, from_matrix
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.pipeline import Context
+from graphopt.stepwise import Stepwise
 
 ROUNDING = 1e-6
 """Relative error of a second moment that is summed up in float32."""
@@ -81,7 +79,7 @@ def prune_layer_by_layer(
             their errors as far as it can; otherwise all see the dense network.
         damping: fraction of the mean of the Hessian's diagonal that is added to it.
     """
-    frontier = _Frontier(graph, data)
+    walk = Stepwise(graph, (batch.inputs for batch in data.batches(graph)))
     pending: dict[Node, list[PrunableLayer]] = {}
     for layer in sparsities:
         for node in layer.products:
@@ -92,19 +90,19 @@ def prune_layer_by_layer(
         ready = []
         for layer in pending.get(node, ()):
             gathered = moments.setdefault(layer, Moments.of(layer))
-            for environment in frontier.environments:
-                gathered.add(layer, node, frontier.read(node, node["input"], environment))
+            for environment in walk.environments:
+                gathered.add(layer, node, walk.read(node["input"], environment))
             if node is layer.products[-1]:
                 ready.append(layer)
         if not sequential:
-            frontier.advance(node)
+            walk.advance(node)
         for layer in ready:
             _prune_layer(layer, moments.pop(layer), granularity, sparsities[layer], damping)
         left -= len(ready)
         if left == 0:
             break
         if sequential:
-            frontier.advance(node)
+            walk.advance(node)
 
 
 def _prune_layer(
@@ -141,47 +139,3 @@ def _adjustable_bias(layer: PrunableLayer) -> Value | None:
     bias = layer.node["bias"]
     own = bias is not None and bias.is_constant and bias.only_user() is layer.node
     return bias if own and bias.dtype.is_floating_point else None
-
-
-class _Frontier:
-    """The values that are alive between two nodes, for every batch of the data."""
-
-    def __init__(self, graph: Graph, data: CalibrationData) -> None:
-        self._graph = graph
-        self.environments: list[dict[Value, Any]] = [
-            dict(zip(graph.inputs, batch.inputs, strict=True)) for batch in data.batches(graph)
-        ]
-        self._known: dict[Value, Any] = {}
-        self._last_use: dict[Value, Node] = {}
-        for node in graph.nodes:
-            for value in node.input_values():
-                self._last_use[value] = node
-
-    def advance(self, node: Node) -> None:
-        """Compute a node for all batches, with its weight as it is now."""
-        with torch.no_grad():
-            if all(value.is_constant or value in self._known for value in node.input_values()):
-                self._known.update(self._results(node, {}))
-                return
-            for environment in self.environments:
-                results = self._results(node, environment)
-                for value in node.input_values():
-                    if self._last_use[value] is node:
-                        environment.pop(value, None)
-                environment.update((v, r) for v, r in results.items() if v in self._last_use)
-
-    def _results(self, node: Node, environment: dict[Value, Any]) -> dict[Value, Any]:
-        given = {value: self.read(node, value, environment) for value in node.input_values()}
-        results = flatten_results(reference.evaluate(node, given))
-        return dict(zip(node.outputs, results, strict=True))
-
-    def read(self, node: Node, value: Value, environment: dict[Value, Any]) -> Any:
-        """An operand of a node for one batch, a weight as it is now."""
-        if value.is_constant:
-            return value.constant
-        if value in environment:
-            return environment[value]
-        producer = value.producer
-        if producer is not None and producer.op == "graphopt.dequantize":
-            return self._results(producer, environment)[value]  # its constant may have changed
-        return self._known[value]

@@ -11,7 +11,6 @@ from torch import Tensor
 from graphopt import reference
 from graphopt.calibration import Batch, CalibrationData
 from graphopt.ir import Graph, Value
-from graphopt.ir.inference import flatten_results
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.pipeline import Context
 
@@ -77,7 +76,7 @@ def _values(graph: Graph, inputs: list[Tensor]) -> dict[Value, Any]:
     environment.update(zip(graph.inputs, inputs, strict=True))
     with torch.no_grad():
         for node in graph.nodes:
-            results = flatten_results(reference.evaluate(node, environment))
+            results = reference.results_of(node, environment)
             environment.update(zip(node.outputs, results, strict=True))
     return environment
 
@@ -92,6 +91,6 @@ def _again(
             if changed in node.outputs or not any(v in new for v in node.input_values()):
                 continue
             given = {value: new.get(value, environment[value]) for value in node.input_values()}
-            results = flatten_results(reference.evaluate(node, given))
+            results = reference.results_of(node, given)
             new.update(zip(node.outputs, results, strict=True))
     return [new.get(o, environment[o]) for o in graph.outputs if isinstance(o, Value)]

@@ -12,7 +12,6 @@ from graphopt import reference
 from graphopt.calibration import CalibrationData, observe
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Value
-from graphopt.ir.inference import flatten_results
 from graphopt.passes.pruning.layer_inputs import columns, from_matrix
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.pipeline import Context
@@ -160,7 +159,7 @@ def evaluate_graph(graph: Graph, given: dict[Value, Any]) -> list[Any]:
     for node in graph.nodes:
         if all(value in environment for value in node.outputs):
             continue
-        results = flatten_results(reference.evaluate(node, environment))
+        results = reference.results_of(node, environment)
         for value, result in zip(node.outputs, results, strict=True):
             environment.setdefault(value, result)
     return [environment[out] if isinstance(out, Value) else out for out in graph.outputs]

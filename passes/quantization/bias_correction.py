@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from graphopt import reference
 from graphopt.calibration import CalibrationData
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node
 from graphopt.passes.layers import LINEAR
 from graphopt.passes.quantization.insertion import read_bias, write_bias
-from graphopt.passes.quantization.layer_rounding import OutputMean, run_until
+from graphopt.passes.quantization.layer_rounding import OutputMean
 from graphopt.passes.quantization.scheme import CONVOLUTION
 from graphopt.pipeline import Context
 from graphopt.registry import register_pass
@@ -72,5 +73,5 @@ def channel_means(graph: Graph, node: Node, data: CalibrationData) -> Tensor:
             mean(results[0])
 
     for batch in data.batches(graph):
-        run_until(graph, batch.inputs, node, show)
+        reference.run(graph, batch.inputs, observe=show, until=node)
     return mean.mean()

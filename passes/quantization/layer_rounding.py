@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from graphopt import reference
 from graphopt.calibration import CalibrationData
 from graphopt.ir import Graph, Node, Value
-from graphopt.ir.inference import flatten_results
 from graphopt.passes.layers import Layer, layer_of
 from graphopt.passes.quantization.gptq import round_gptq
 from graphopt.passes.quantization.insertion import RoundedWeight
@@ -19,6 +17,7 @@ from graphopt.passes.quantization.rounding import round_by_reconstruction
 from graphopt.passes.quantization.statistics import InputStatistics
 from graphopt.passes.quantization.weights import WeightFormat
 from graphopt.pipeline import Context
+from graphopt.stepwise import Stepwise
 
 METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "gptq": round_gptq,
@@ -26,24 +25,6 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
 }
 ITEMS = 64
 """How many items of calibration data weights are rounded for."""
-
-
-class _Seen(Exception):
-    """All that is wanted of a batch was computed."""
-
-
-def run_until(
-    graph: Graph, inputs: Sequence[Tensor], last: Node, show: Callable[[Node, list[Tensor]], None]
-) -> None:
-    """Evaluate a graph as far as a node, and show the results of each."""
-
-    def observe(node: Node, results: list[Tensor]) -> None:
-        show(node, results)
-        if node is last:
-            raise _Seen
-
-    with suppress(_Seen):
-        reference.run(graph, inputs, observe=observe)
 
 
 class OutputMean:
@@ -104,24 +85,19 @@ def round_with_data(
     expected = _output_means(source, layers, held) if correct_bias else {}
     names = set(layers)
     found: dict[str, RoundedWeight] = {}
-    environments = [dict(zip(quantized.inputs, inputs, strict=True)) for inputs in held]
-    last = _last_uses(quantized)
-    with torch.no_grad():
-        for node in ctx.track(quantized.nodes, "rounding weights"):
-            if node.name in names:
-                inputs = [environment[node["input"]] for environment in environments]
-                rounded = _round(node, inputs, format, method, correct_bias, ctx)
-                _write(quantized, node, rounded, format)
-            for environment in environments:
-                _evaluate(node, environment)
-            if node.name in names:
-                if correct_bias:
-                    rounded = _keep_mean(node, rounded, environments, expected[node.name])
-                    _write(quantized, node, rounded, format)
-                found[node.name] = rounded
-            for environment in environments:
-                for value in last.get(node, ()):
-                    environment.pop(value, None)
+    walk = Stepwise(quantized, held)
+    for node in ctx.track(quantized.nodes, "rounding weights"):
+        if node.name not in names:
+            walk.advance(node)
+            continue
+        inputs = [walk.read(node["input"], environment) for environment in walk.environments]
+        rounded = _round(node, inputs, format, method, correct_bias, ctx)
+        _write(quantized, node, rounded, format)
+        walk.advance(node)
+        if correct_bias:
+            rounded = _keep_mean(node, rounded, walk.environments, expected[node.name])
+            _write(quantized, node, rounded, format)
+        found[node.name] = rounded
     return found
 
 
@@ -154,22 +130,6 @@ def _output_means(
     for inputs in held:
         reference.run(graph, inputs, observe=show)
     return {name: mean.mean() for name, mean in means.items()}
-
-
-def _evaluate(node: Node, environment: dict[Value, Tensor]) -> None:
-    for value in node.input_values():
-        if value.constant is not None:
-            environment[value] = value.constant
-    results = flatten_results(reference.evaluate(node, environment))
-    environment.update(zip(node.outputs, results, strict=True))
-
-
-def _last_uses(graph: Graph) -> dict[Node, list[Value]]:
-    last = {value: node for node in graph.nodes for value in node.input_values()}
-    found: dict[Node, list[Value]] = {}
-    for value, node in last.items():
-        found.setdefault(node, []).append(value)
-    return found
 
 
 def _keep_mean(
