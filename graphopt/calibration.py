@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt import reference
 from graphopt.errors import PassError, TraceError
-from graphopt.ir import Graph, Interface, Node, TensorType, Value
+from graphopt.ir import Graph, Interface, TensorType, Value
 from graphopt.tracing import split_arguments
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def bind(graph: Graph, batch: Any, number: int = 0) -> Batch:
 def observe(
     graph: Graph,
     data: CalibrationData,
-    observers: Mapping[Value, Observer],
+    observers: Iterable[tuple[Value, Observer]],
     ctx: Context | None = None,
     description: str = "calibration",
 ) -> None:
@@ -140,21 +140,25 @@ def observe(
     Args:
         graph: computed in its own dtypes, by torch.
         data: what flows through it.
-        observers: called with the tensor of a value, which they must not keep.
+        observers: values, and what is called with the tensor of each, which it must not keep;
+            a value may have several.
         ctx: shows the progress.
         description: what the progress bar is called.
     """
+    by_value: dict[Value, list[Observer]] = {}
+    for value, observer in observers:
+        by_value.setdefault(value, []).append(observer)
 
-    def show(node: Node, results: list[Any]) -> None:
-        for value, result in zip(node.outputs, results, strict=True):
-            if value in observers:
-                observers[value](result)
+    def show(values: Sequence[Value], tensors: Sequence[Any]) -> None:
+        for value, tensor in zip(values, tensors, strict=True):
+            for observer in by_value.get(value, ()):
+                observer(tensor)
 
     for batch in data.batches(graph, ctx, description):
-        for value, tensor in zip(graph.inputs, batch.inputs, strict=True):
-            if value in observers:
-                observers[value](tensor)
-        reference.run(graph, batch.inputs, observe=show)
+        show(graph.inputs, batch.inputs)
+        reference.run(
+            graph, batch.inputs, observe=lambda node, results: show(node.outputs, results)
+        )
 
 
 def _arguments(graph: Graph, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

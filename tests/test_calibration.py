@@ -65,7 +65,10 @@ def test_what_does_not_fit_is_named(one: graphopt.Graph, batch: Any, message: st
 def test_observers_see_inputs_and_results(one: graphopt.Graph) -> None:
     seen: dict[str, list[Tensor]] = {"input": [], "relu": []}
     data = CalibrationData([X, X + 1, X + 2], limit=2)
-    observe(one, data, {one.value(name): seen[name].append for name in seen})
+    count: list[int] = []
+    observers = [(one.value(name), seen[name].append) for name in seen]
+    observe(one, data, [*observers, (one.value("relu"), lambda x: count.append(len(x)))])
+    assert count == [2, 2]
     assert [tensor.sum() for tensor in seen["input"]] == [15, 21]
     expected = [graphopt.reference.run(one, [x])[0] for x in (X, X + 1)]
     assert all(torch.equal(a, b) for a, b in zip(seen["relu"], expected, strict=True))

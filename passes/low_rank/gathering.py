@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from graphopt import reference
-from graphopt.calibration import CalibrationData, observe
+from graphopt.calibration import CalibrationData, Observer, observe
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.low_rank.candidates import LayerMoments
 from graphopt.passes.low_rank.moments import Moments, neighbourhoods
@@ -33,7 +33,7 @@ def gather(
         ctx: shows the progress, and gives the randomness of samples.
     """
     found: dict[Node, LayerMoments] = {}
-    observers: dict[Value, list[Callable[[Tensor], None]]] = {}
+    observers: list[tuple[Value, Observer]] = []
     for subject, (inputs, outputs) in needs.items():
         moments = found[subject.node] = empty(subject, inputs, outputs)
         if inputs:
@@ -41,23 +41,14 @@ def gather(
             def see_input(x: Tensor, s: Subject = subject, m: LayerMoments = moments) -> None:
                 add_inputs(s, m, x, None, ctx.generator)
 
-            observers.setdefault(subject.input, []).append(see_input)
+            observers.append((subject.input, see_input))
         if outputs:
 
             def see_output(y: Tensor, s: Subject = subject, m: LayerMoments = moments) -> None:
                 add_outputs(s, m, y, None)
 
-            observers.setdefault(subject.node.output, []).append(see_output)
-
-    def all_of(several: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-        def show(tensor: Tensor) -> None:
-            for one in several:
-                one(tensor)
-
-        return show
-
-    together = {value: all_of(several) for value, several in observers.items()}
-    observe(graph, data, together, ctx, "covariances")
+            observers.append((subject.node.output, see_output))
+    observe(graph, data, observers, ctx, "covariances")
     return found
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graphopt import reference
-from graphopt.calibration import CalibrationData, observe
+from graphopt.calibration import CalibrationData, Observer, observe
 from graphopt.ir import Graph, Node, Value
 from graphopt.pass_report import PassReport
 from graphopt.passes.pruning.layers_to_prune import EMBEDDING, PrunableLayer
@@ -129,22 +129,20 @@ def _errors(before: Before, data: Iterable[Any] | None) -> dict[PrunableLayer, f
             for layer, old in before.weights.items()
         }
     squares: dict[PrunableLayer, float] = {}
-    observers: dict[Value, list[tuple[PrunableLayer, Node, Node]]] = {}
+
+    def comparison(layer: PrunableLayer, old: Node) -> Observer:
+        def compare(x: Tensor) -> None:
+            exact = _output(old, x, before.weights[layer])
+            squares[layer] = relative_error([_output(layer.node, x, now_of(layer))], [exact])
+
+        return compare
+
+    observers: list[tuple[Value, Observer]] = []
     for layer in before.layers:
         old = before.graph.value(layer.node.output.name).producer
         assert old is not None
-        observers.setdefault(_input(old), []).append((layer, old, layer.node))
-
-    def compare(readers: list[tuple[PrunableLayer, Node, Node]]) -> Callable[[Tensor], None]:
-        def observer(x: Tensor) -> None:
-            for layer, old, new in readers:
-                exact = _output(old, x, before.weights[layer])
-                squares[layer] = relative_error([_output(new, x, now_of(layer))], [exact])
-
-        return observer
-
-    watched = {value: compare(readers) for value, readers in observers.items()}
-    observe(before.graph, CalibrationData(data, limit=1), watched)
+        observers.append((_input(old), comparison(layer, old)))
+    observe(before.graph, CalibrationData(data, limit=1), observers)
     return {layer: square**0.5 for layer, square in squares.items()}
 
 

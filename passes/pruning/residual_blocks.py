@@ -112,7 +112,7 @@ def block_influence(
             seen[value] = tensor.clone()
 
     observers = {value: partial(note, value) for value in (*skips, *ends)}
-    observe(graph, data, observers, ctx, "influence of blocks")
+    observe(graph, data, observers.items(), ctx, "influence of blocks")
     return totals / places
 
 

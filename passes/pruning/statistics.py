@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt import reference
-from graphopt.calibration import CalibrationData, observe
+from graphopt.calibration import CalibrationData, Observer, observe
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Value
 from graphopt.passes.pruning.layer_inputs import columns, from_matrix
@@ -74,7 +74,7 @@ class Statistics:
 
     def _gather_energies(self) -> dict[PrunableLayer, Tensor]:
         energies: dict[PrunableLayer, Tensor] = {}
-        observers: dict[Value, list[Callable[[Tensor], None]]] = {}
+        observers: list[tuple[Value, Observer]] = []
         for layer in self._layers:
             if not layer.products:
                 continue
@@ -86,17 +86,8 @@ class Statistics:
                     for chunk in columns(node, x, layer.kernel):
                         energies[layer] += chunk.square().sum(dim=2, dtype=torch.float64)
 
-                observers.setdefault(node["input"], []).append(add)
-
-        def all_of(several: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-            def each(x: Tensor) -> None:
-                for one in several:
-                    one(x)
-
-            return each
-
-        watched = {value: all_of(several) for value, several in observers.items()}
-        observe(self._graph, self._required_data(), watched, self._ctx, "norms of inputs")
+                observers.append((node["input"], add))
+        observe(self._graph, self._required_data(), observers, self._ctx, "norms of inputs")
         shapes = {layer: layer.taps(layer.weight.tensor).shape for layer in energies}
         return {
             layer: from_matrix(energy.unsqueeze(1), torch.Size((s[0], 1, s[2], s[3])))

@@ -66,7 +66,7 @@ class BatchNormReestimation:
                 training.set_operand(node, "training", True)
         moments = [Moments(1) for _ in twins]
         watched = {node["input"]: seen for node, seen in zip(twins, moments, strict=True)}
-        observe(training, CalibrationData(self.data), watched, ctx, "batch norm")
+        observe(training, CalibrationData(self.data), watched.items(), ctx, "batch norm")
         for node, twin in zip(nodes, twins, strict=True):
             found = watched[twin["input"]].mean_and_variance()
             for name, tensor in zip(("running_mean", "running_var"), found, strict=True):

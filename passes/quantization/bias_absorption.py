@@ -44,7 +44,7 @@ class HighBiasAbsorption:
         if not links:
             return False
         moments = {writer.node.output: Moments(writer.output_dimension) for writer, _ in links}
-        observe(graph, CalibrationData(self.data), moments, ctx, "moments of channels")
+        observe(graph, CalibrationData(self.data), moments.items(), ctx, "moments of channels")
         changed = False
         for name, readers in [(w.node.output, [r.node for r in rs]) for w, rs in links]:
             assert name.producer is not None

@@ -195,7 +195,7 @@ def equalise_activations(
         How many groups were scaled.
     """
     ranges = {v: ChannelRange(dim) for group in groups for v, dim in group.values.items()}
-    observe(graph, data, ranges, ctx, "ranges of channels")
+    observe(graph, data, ranges.items(), ctx, "ranges of channels")
     count = 0
     for group in groups:
         seen = [r for v in group.values if (r := ranges[v].largest) is not None]

@@ -294,7 +294,7 @@ class _Work:
         observers = {
             self.source.value(name): OBSERVERS[self.options.observer]() for name in missing
         }
-        watches = {value: _finite(value, observer) for value, observer in observers.items()}
+        watches = [(value, _finite(value, observer)) for value, observer in observers.items()]
         observe(self.source, self.data, watches, self.ctx, "ranges of activations")
         self.ranges.update({value.name: o.range() for value, o in observers.items()})
 

@@ -58,7 +58,7 @@ class SmoothQuant:
         if not groups:
             return False
         ranges = {v: ChannelRange(dim) for group in groups for v, dim in group.values.items()}
-        observe(graph, CalibrationData(self.data), ranges, ctx, "ranges of channels")
+        observe(graph, CalibrationData(self.data), ranges.items(), ctx, "ranges of channels")
         count = 0
         for group in groups:
             seen = [r for v in group.values if (r := ranges[v].largest) is not None]
