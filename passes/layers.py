@@ -35,9 +35,7 @@ class Layer:
 
     @property
     def is_transposed(self) -> bool:
-        if self.node.op == "aten.convolution":
-            return bool(self.node["transposed"])
-        return self.node.op in TRANSPOSED_CONVOLUTIONS
+        return is_transposed(self.node)
 
     @property
     def groups(self) -> int:
@@ -87,6 +85,13 @@ class Layer:
             return self.bias.constant.double()
         groups, channels = self.taps().shape[:2]
         return torch.zeros(groups * channels, dtype=torch.float64)
+
+
+def is_transposed(node: Node) -> bool:
+    """Whether a node is a transposed convolution."""
+    if node.op == "aten.convolution":
+        return bool(node["transposed"])
+    return node.op in TRANSPOSED_CONVOLUTIONS
 
 
 def layer_of(node: Node) -> Layer | Decline:
@@ -155,6 +160,12 @@ def _put(graph: Graph, node: Node, name: str, tensor: Tensor) -> None:
     else:
         own = graph.constant(tensor, value.name, trainable=value.trainable)
         graph.set_operand(node, name, own)
+
+
+def per_dimension(setting: object, dimensions: int) -> list[int]:
+    """A setting with one number per dimension, or one for all, as a number per dimension."""
+    items = list(setting) if isinstance(setting, (list, tuple)) else [setting]
+    return items * dimensions if len(items) == 1 else items
 
 
 def _always(setting: object, number: int) -> bool:

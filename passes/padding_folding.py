@@ -9,7 +9,7 @@ from typing import Any
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.rewriting import Decline, Match, op, rewrite, rule
 from graphopt.passes.intervals import bounds
-from graphopt.passes.layers import CONVOLUTIONS
+from graphopt.passes.layers import CONVOLUTIONS, per_dimension
 from graphopt.pipeline import Context, register_pass
 
 PADS = ("aten.pad", "aten.constant_pad_nd")
@@ -72,7 +72,7 @@ def _into_convolution(graph: Graph, match: Match) -> Any:
     own = _own_padding(node, kernel)
     if isinstance(own, Decline):
         return own
-    stride, dilation = (_per_dimension(node[n], len(kernel)) for n in ("stride", "dilation"))
+    stride, dilation = (per_dimension(node[n], len(kernel)) for n in ("stride", "dilation"))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     obstacle = _asymmetry(found, own, reach, stride)
     if obstacle is not None:
@@ -96,14 +96,14 @@ def _own_padding(node: Node, kernel: tuple[int, ...]) -> list[int] | Decline:
     if padding == "valid":
         return [0] * len(kernel)
     if padding == "same":
-        dilation = _per_dimension(node["dilation"], len(kernel))
+        dilation = per_dimension(node["dilation"], len(kernel))
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         if any(t % 2 for t in total):
             return Decline(f"%{node.name} pads one more after than before")
         return [t // 2 for t in total]
     if not all(type(p) is int for p in padding):
         return Decline(f"the padding of %{node.name} is not fixed")
-    return _per_dimension(padding, len(kernel))
+    return per_dimension(padding, len(kernel))
 
 
 @rule("max_pool(pad(x, p, -inf)) => max_pool(x, padding=p)", op(MAX_POOLS, op(PADS, ...), ...))
@@ -115,7 +115,7 @@ def _into_max_pool(graph: Graph, match: Match) -> Any:
     if padding.value != -math.inf:
         if padding.value > bounds(padding.source)[0]:
             return Decline(f"a maximum can be the padding's {padding.value}")
-        if any(d != 1 for d in _per_dimension(match.root["dilation"], len(amounts))):
+        if any(d != 1 for d in per_dimension(match.root["dilation"], len(amounts))):
             return Decline(f"a window of %{match.root.name} may hold nothing but padding")
     operands = {**match.root.operands, "self": padding.source, "padding": amounts}
     return graph.add(match.root.op, **operands)
@@ -129,7 +129,7 @@ def _into_average_pool(graph: Graph, match: Match) -> Any:
     padding, amounts = found
     if padding.value != 0:
         return Decline(f"the padding is {padding.value}, an average's own padding is 0")
-    own = _per_dimension(match.root["padding"], len(amounts))
+    own = per_dimension(match.root["padding"], len(amounts))
     if any(own) and not match.root["count_include_pad"]:
         return Decline(f"%{match.root.name} does not count its own padding, but does count this")
     changed = {"self": padding.source, "padding": amounts, "count_include_pad": True}
@@ -145,12 +145,12 @@ def _before_pool(node: Node) -> tuple[Padding, list[int]] | Decline:
         return found
     if node["ceil_mode"]:
         return Decline(f"%{node.name} rounds its size up, which depends on whose the padding is")
-    kernel = _per_dimension(node["kernel_size"], dimensions)
-    stride = _per_dimension(node["stride"] or kernel, dimensions)
+    kernel = per_dimension(node["kernel_size"], dimensions)
+    stride = per_dimension(node["stride"] or kernel, dimensions)
     dilation = [1] * dimensions
     if node.op in MAX_POOLS:
-        dilation = _per_dimension(node["dilation"], dimensions)
-    own = _per_dimension(node["padding"], dimensions)
+        dilation = per_dimension(node["dilation"], dimensions)
+    own = per_dimension(node["padding"], dimensions)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     obstacle = _asymmetry(found, own, reach, stride)
     if obstacle is not None:
@@ -183,12 +183,6 @@ def _asymmetry(
         if actual != symmetric:
             return Decline(f"it pads {before} before and {after} after")
     return None
-
-
-def _per_dimension(setting: Any, dimensions: int) -> list[int]:
-    """A setting with one number per dimension, or one for all, as a number per dimension."""
-    items = list(setting) if isinstance(setting, (list, tuple)) else [setting]
-    return items * dimensions if len(items) == 1 else items
 
 
 @register_pass("fold-padding")

@@ -11,9 +11,10 @@ from graphopt import reference
 from graphopt.calibration import CalibrationData, Observer, observe
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.low_rank.candidates import LayerMoments
-from graphopt.passes.low_rank.moments import Moments, neighbourhoods
+from graphopt.passes.low_rank.moments import Moments
 from graphopt.passes.low_rank.replacement import in_rows
 from graphopt.passes.low_rank.subjects import Subject
+from graphopt.passes.neighbourhoods import neighbourhoods
 from graphopt.pipeline import Context
 
 POSITIONS = 1024

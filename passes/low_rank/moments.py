@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 class Moments:
@@ -56,30 +55,3 @@ class Moments:
     def cross_covariance(self) -> Tensor:
         """Of y and x: [y_size, x_size]."""
         return self._yx / max(self.count, 1) - torch.outer(self.y_mean, self.x_mean)
-
-
-def neighbourhoods(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-) -> Tensor:
-    """What a convolution sees at every position, as a view where it can be one.
-
-    Args:
-        x: [batch, channels, *sizes].
-        kernel, stride, dilation: of the convolution, per spatial dimension.
-        padding: zeros before and after, per spatial dimension.
-
-    Returns:
-        [batch, *positions, channels, *kernel].
-    """
-    spatial = len(kernel)
-    flat = [amount for pair in reversed(padding) for amount in pair]
-    if any(flat):
-        x = functional.pad(x, flat)
-    for d in range(spatial):
-        extent = dilation[d] * (kernel[d] - 1) + 1
-        x = x.unfold(2 + d, extent, stride[d])[..., :: dilation[d]]
-    return x.movedim(1, 1 + spatial)

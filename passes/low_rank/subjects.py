@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from torch import Tensor
 from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.patterns import Decline
-from graphopt.passes.layers import LINEAR
+from graphopt.passes.layers import LINEAR, per_dimension
 from graphopt.passes.low_rank.factors import Chain, multiply_adds, parameters
+from graphopt.passes.neighbourhoods import zeros_around
 
 EMBEDDING = "aten.embedding"
 CONVOLUTIONS = {f"aten.conv{d}d{overload}": d for d in (1, 2, 3) for overload in ("", ".padding")}
@@ -92,14 +92,7 @@ class Subject:
 
     def paddings(self) -> tuple[tuple[int, int], ...]:
         """Zeros before and after, per spatial dimension."""
-        if self.padding == "valid":
-            return ((0, 0),) * self.spatial
-        if isinstance(self.padding, str):
-            totals = [
-                d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)
-            ]
-            return tuple((total // 2, total - total // 2) for total in totals)
-        return tuple((amount, amount) for amount in self.padding)
+        return zeros_around(self.padding, self.weight.shape[2:], self.dilation)
 
 
 def subject_of(graph: Graph, node: Node) -> Subject | Decline | None:
@@ -145,15 +138,10 @@ def _convolution(node: Node, weight: Value, bias: Value | None, spatial: int) ->
         weight,
         bias,
         groups,
-        _per_dimension(node["stride"], spatial),
-        padding if isinstance(padding, str) else _per_dimension(padding, spatial),
-        _per_dimension(node["dilation"], spatial),
+        tuple(per_dimension(node["stride"], spatial)),
+        padding if isinstance(padding, str) else tuple(per_dimension(padding, spatial)),
+        tuple(per_dimension(node["dilation"], spatial)),
         tuple(shape[-spatial:]),
         tuple(result[-spatial:]),
         prod(shape[: -spatial - 1]),
     )
-
-
-def _per_dimension(setting: Any, spatial: int) -> tuple[int, ...]:
-    items = list(setting) if isinstance(setting, (list, tuple)) else [setting]
-    return tuple(items * spatial if len(items) == 1 else items)

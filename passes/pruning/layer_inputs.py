@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from graphopt.ir import Node
-from graphopt.passes.layers import LINEAR, TRANSPOSED_CONVOLUTIONS
+from graphopt.passes.layers import LINEAR, is_transposed, per_dimension
+from graphopt.passes.neighbourhoods import neighbourhoods, zeros_around
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -45,11 +45,9 @@ def columns(node: Node, x: Tensor, kernel: tuple[int, ...]) -> Iterator[Tensor]:
 
 def _convolution_columns(node: Node, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     rank, groups = len(kernel), node["groups"]
-    stride, dilation = _each(node["stride"], rank), _each(node["dilation"], rank)
-    before, after = _padding(node, kernel, dilation, stride)
-    transposed = node.op in TRANSPOSED_CONVOLUTIONS or (
-        node.op == "aten.convolution" and node["transposed"]
-    )
+    stride, dilation = per_dimension(node["stride"], rank), per_dimension(node["dilation"], rank)
+    padding = zeros_around(node["padding"], kernel, dilation)
+    transposed = is_transposed(node)
     if transposed:  # an ordinary convolution of the input with zeros between its elements
         spread = x.new_zeros(
             (*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
@@ -57,40 +55,20 @@ def _convolution_columns(node: Node, x: Tensor, kernel: tuple[int, ...]) -> Tens
         elements: Any = (..., *(slice(None, None, s) for s in stride))
         spread[elements] = x
         x, stride = spread, [1] * rank
-    sides = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
-    windows = functional.pad(x, sides)
-    for dimension, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        windows = windows.unfold(2 + dimension, (size - 1) * gap + 1, step)[..., ::gap]
+        reach = [gap * (size - 1) for size, gap in zip(kernel, dilation, strict=True)]
+        more = per_dimension(node["output_padding"], rank)
+        padding = tuple(
+            (r - before, r - after + m)
+            for r, (before, after), m in zip(reach, padding, more, strict=True)
+        )
+    windows = neighbourhoods(x, kernel, stride, padding, dilation)
     if transposed:
         windows = windows.flip(tuple(range(-rank, 0)))
-    batch, channels, places = x.shape[0], x.shape[1], windows.shape[2 : 2 + rank]
-    grouped = windows.reshape(batch, groups, channels // groups, *places, *kernel)
-    taps_first = (1, *range(3 + rank, 3 + 2 * rank), 2, 0, *range(3, 3 + rank))
+    batch, channels, places = x.shape[0], x.shape[1], windows.shape[1 : 1 + rank]
+    grouped = windows.reshape(batch, *places, groups, channels // groups, *kernel)
+    taps_first = (1 + rank, *range(3 + rank, 3 + 2 * rank), 2 + rank, *range(1 + rank))
     arranged = grouped.permute(taps_first)
     return arranged.reshape(groups, prod(kernel) * (channels // groups), batch * prod(places))
-
-
-def _padding(
-    node: Node, kernel: tuple[int, ...], dilation: list[int], stride: list[int]
-) -> tuple[list[int], list[int]]:
-    """How much an ordinary convolution adds before and after each dimension."""
-    given, rank = node["padding"], len(kernel)
-    reach = [gap * (size - 1) for size, gap in zip(kernel, dilation, strict=True)]
-    if given == "same":
-        return [r // 2 for r in reach], [r - r // 2 for r in reach]
-    padding = [0] * rank if given == "valid" else _each(given, rank)
-    is_general = node.op == "aten.convolution"
-    if node.op in TRANSPOSED_CONVOLUTIONS or (is_general and node["transposed"]):
-        extra = _each(node["output_padding"], rank)
-        before = [r - p for r, p in zip(reach, padding, strict=True)]
-        return before, [b + e for b, e in zip(before, extra, strict=True)]
-    return padding, padding
-
-
-def _each(setting: int | list[int], rank: int) -> list[int]:
-    """A setting per dimension; one for all is repeated."""
-    items = [setting] if isinstance(setting, int) else list(setting)
-    return items * rank if len(items) == 1 else items
 
 
 def as_matrix(taps: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from graphopt.ir import Node
-from graphopt.passes.layers import LINEAR
+from graphopt.passes.layers import LINEAR, per_dimension
+from graphopt.passes.neighbourhoods import neighbourhoods, zeros_around
 
 ROWS_PER_BATCH = 4096
 """How many positions of a batch are looked at, drawn at random."""
@@ -90,21 +91,17 @@ def patches(node: Node, x: Tensor, generator: torch.Generator) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         return rows[_chosen(len(rows), generator)][None]
     kernel = node["weight"].shape[2:]
-    stride, padding, dilation = (_pair(node[n]) for n in ("stride", "padding", "dilation"))
-    (top, left), (down, right) = padding, stride
-    if top or left:
-        x = torch.nn.functional.pad(x, (left, left, top, top))
-    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-    windows = x.unfold(2, reach[0], down).unfold(3, reach[1], right)
-    windows = windows[..., :: dilation[0], :: dilation[1]]
-    images, _, height, width = windows.shape[:4]
+    stride, dilation = per_dimension(node["stride"], 2), per_dimension(node["dilation"], 2)
+    padding = zeros_around(node["padding"], kernel, dilation)
+    windows = neighbourhoods(x, kernel, stride, padding, dilation)
+    images, height, width = windows.shape[:3]
     chosen = _chosen(images * height * width, generator)
     image, row, column = (
         chosen // (height * width),
         chosen // width % height,
         chosen % width,
     )
-    found = windows[image, :, row, column]
+    found = windows[image, row, column]
     groups = int(node["groups"])
     return found.reshape(len(chosen), groups, -1).transpose(0, 1)
 
@@ -113,11 +110,3 @@ def _chosen(count: int, generator: torch.Generator) -> Tensor:
     if count <= ROWS_PER_BATCH:
         return torch.arange(count)
     return torch.randint(0, count, (ROWS_PER_BATCH,), generator=generator)
-
-
-def _pair(setting: object) -> tuple[int, int]:
-    items = list(setting) if isinstance(setting, (list, tuple)) else [setting]
-    first, last = items[0], items[-1]
-    assert isinstance(first, int)
-    assert isinstance(last, int)
-    return first, last

@@ -12,7 +12,7 @@ from graphopt.passes import LowRank
 from graphopt.passes.low_rank.factors import compose
 from graphopt.passes.low_rank.gathering import add_inputs, empty
 from graphopt.passes.low_rank.methods import METHODS, family
-from graphopt.passes.low_rank.moments import Moments, neighbourhoods
+from graphopt.passes.low_rank.moments import Moments
 from graphopt.passes.low_rank.splitting import Splitting
 from graphopt.passes.low_rank.subjects import subject_of
 from graphopt.passes.low_rank.whitening import (
@@ -60,18 +60,6 @@ def test_moments_over_batches_are_those_of_all_data():
     torch.testing.assert_close(moments.covariance, whole[:4, :4])
     torch.testing.assert_close(moments.cross_covariance, whole[4:, :4])
     torch.testing.assert_close(moments.x_mean, x.mean(dim=0))
-
-
-@pytest.mark.parametrize(
-    ("stride", "padding", "dilation"),
-    [((1, 1), ((0, 0), (0, 0)), (1, 1)), ((2, 1), ((1, 1), (2, 0)), (1, 2))],
-)
-def test_neighbourhoods_are_what_a_convolution_sees(stride, padding, dilation):
-    x, kernel = random(2, 3, 8, 9), random(5, 3, 3, 2)
-    seen = neighbourhoods(x, (3, 2), stride, padding, dilation)
-    padded = nn.functional.pad(x, [*padding[1], *padding[0]])
-    expected = nn.functional.conv2d(padded, kernel, stride=stride, dilation=dilation)
-    torch.testing.assert_close(torch.einsum("npqihw,oihw->nopq", seen, kernel), expected)
 
 
 @pytest.mark.parametrize("pad", ["same", "valid", 1])
