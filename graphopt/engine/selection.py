@@ -96,16 +96,15 @@ def contenders(
         return [preferred or found[0]]
     best = found[0].estimate * CLEARLY_WORSE
     timed = [candidate for candidate in found[:TIMED_CANDIDATES] if candidate.estimate <= best]
-    with _lock:
-        times = [_table().get(_key(candidate, threads)) for candidate in timed]
-    known = [seconds for seconds in times if seconds is not None]
-    return [timed[times.index(min(known))]] if len(known) == len(timed) else timed
+    times = _known_times(timed, threads)
+    return timed if times is None else [timed[times.index(min(times))]]
 
 
 def decide(
     timed: Sequence[Candidate], constants: Sequence[np.ndarray | None], threads: int
 ) -> Candidate:
-    """The fastest of the contenders, by times that are measured now and remembered.
+    """The fastest of the contenders, by times that are measured now and remembered, unless an
+    equal problem had them measured meanwhile.
 
     Args:
         timed: from `contenders`.
@@ -114,11 +113,22 @@ def decide(
     """
     if len(timed) == 1:
         return timed[0]
-    times = measure(timed, constants, threads)
-    with _lock:
-        for candidate, seconds in zip(timed, times, strict=True):
-            _table()[_key(candidate, threads)] = _unsaved[_key(candidate, threads)] = seconds
+    times = _known_times(timed, threads)
+    if times is None:
+        times = measure(timed, constants, threads)
+        found = dict(zip((_key(one, threads) for one in timed), times, strict=True))
+        with _lock:
+            _table().update(found)
+            _unsaved.update(found)
     return timed[times.index(min(times))]
+
+
+def _known_times(timed: Sequence[Candidate], threads: int) -> list[float] | None:
+    """Seconds of each candidate, if those of all are remembered."""
+    with _lock:
+        times = [_table().get(_key(candidate, threads)) for candidate in timed]
+    known = [seconds for seconds in times if seconds is not None]
+    return known if len(known) == len(timed) else None
 
 
 def measure(

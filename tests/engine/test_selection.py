@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from graphopt.engine import selection
-from graphopt.engine.selection import Selection, choose, measure
+from graphopt.engine.selection import Selection, choose, contenders, decide, measure
 from graphopt.errors import SelectionError
 from graphopt.kernels.problem import ConstantOperand, Layout, MatmulProblem, Operand
 from graphopt.kernels.registry import Candidate, Step, candidates
@@ -74,6 +74,15 @@ def test_times_are_remembered_by_thread_count_and_on_disk(monkeypatch: pytest.Mo
     selection.forget()
     assert choose(PROBLEM, [None, WEIGHT], 2, MEASURED).kernel == "b"
     assert len(calls) == 2
+
+
+def test_equal_problems_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = known(monkeypatch, {"a": (1.0, 3.0), "b": (1.5, 2.0)})
+    first, second = (contenders(PROBLEM, 2, MEASURED) for _ in range(2))
+    assert len(first) == len(second) == 2
+    for timed in (first, second):
+        assert decide(timed, [None, WEIGHT], 2).kernel == "b"
+    assert len(calls) == 1
 
 
 def test_nothing_solves_it(monkeypatch: pytest.MonkeyPatch) -> None:
