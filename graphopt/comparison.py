@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from graphopt import reference
 from graphopt.ir import Graph, Node, Value
+from graphopt.plain_text import plain_text
 
 RELATIVE_BOUND = 1e-3
 
@@ -86,10 +86,7 @@ class Comparison:
                 f"{difference.relative:.3g}",
                 f"{difference.sqnr:.1f}",
             )
-        console = Console(width=100, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        return plain_text(table)
 
 
 def compare(

@@ -10,6 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
+from graphopt.plain_text import plain_text
+
 WIDTH = 140
 
 
@@ -44,10 +46,7 @@ class PassReport:
         yield from map(escape, self.remarks)
 
     def __str__(self) -> str:
-        console = Console(width=WIDTH, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return plain_text(self, WIDTH)
 
 
 def _cell(content: str | float | None) -> str:

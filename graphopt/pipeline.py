@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from graphopt.errors import Error, PassError
 from graphopt.ir import Graph
 from graphopt.numerics import Yardstick
 from graphopt.pass_report import PassReport
+from graphopt.plain_text import plain_text
 from graphopt.registry import Accuracy, BoundPass, Pass, PassLike, as_pass, register_pass
 from graphopt.reproducer import save_reproducer
 from graphopt.target import Target
@@ -129,10 +129,7 @@ class PipelineRun:
             error = "" if run.error is None else f"{run.error:.3g}"
             changed = "yes" if run.changed else ""
             table.add_row(run.name, changed, str(run.nodes), f"{run.seconds * 1e3:.1f}", error)
-        console = Console(width=100, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        return plain_text(table)
 
 
 class Pipeline:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from graphopt.flops import count_flops
 from graphopt.ir import Graph, Node, TensorType, Value
+from graphopt.plain_text import plain_text
 
 if TYPE_CHECKING:
     from graphopt.engine import Plan
@@ -143,7 +144,7 @@ class Report:
         yield from self.passes
 
     def __str__(self) -> str:
-        return _plain(self)
+        return plain_text(self, WIDTH)
 
     def _footer(self, name: str) -> str:
         return "\n".join(_number(getattr(totals, name)) for totals in (self.before, self.totals))
@@ -316,13 +317,6 @@ def _bytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count:,} bytes"
 
 
-def _plain(content: Any) -> str:
-    console = Console(width=WIDTH, color_system=None)
-    with console.capture() as capture:
-        console.print(content)
-    return capture.get().rstrip()
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """Times of the same work done in several ways; prints as a table.
@@ -359,7 +353,7 @@ class Benchmark:
         yield table
 
     def __str__(self) -> str:
-        return _plain(self)
+        return plain_text(self, WIDTH)
 
 
 def benchmark(ways: Mapping[str, Callable[[], Any]], *, repeats: int = 20) -> Benchmark:

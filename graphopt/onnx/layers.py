@@ -12,12 +12,12 @@ import onnx
 import onnxruntime
 import torch
 from onnx.utils import Extractor
-from rich.console import Console
 from rich.table import Table
 
 from graphopt import reference
 from graphopt.errors import ExportError
 from graphopt.ir import Graph, Node, Value
+from graphopt.plain_text import plain_text
 
 _QUANTIZE = "graphopt.quantize"
 
@@ -66,10 +66,7 @@ class LayerComparison:
             mark = " (first to part)" if layer is first else ""
             share = f"{layer.different:.2%}"
             table.add_row(layer.name + mark, layer.module, str(layer.steps), share)
-        console = Console(width=100, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+        return plain_text(table)
 
 
 def compare_layers(
