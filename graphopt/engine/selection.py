@@ -62,17 +62,6 @@ class Selection:
         return Selection(measure=asked == "measure")
 
 
-def choose(
-    problem: Problem,
-    constants: Sequence[np.ndarray | None],
-    threads: int,
-    selection: Selection,
-    prefer: str | None = None,
-) -> Candidate:
-    """The kernel for a problem: `contenders`, then `decide`."""
-    return decide(contenders(problem, threads, selection, prefer), constants, threads)
-
-
 def contenders(
     problem: Problem, threads: int, selection: Selection, prefer: str | None = None
 ) -> list[Candidate]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from graphopt.engine import selection
-from graphopt.engine.selection import Selection, choose, contenders, decide, measure
+from graphopt.engine.selection import Selection, contenders, decide, measure
 from graphopt.errors import SelectionError
 from graphopt.kernels.problem import ConstantOperand, Layout, MatmulProblem, Operand
 from graphopt.kernels.registry import Candidate, Step, candidates
@@ -55,6 +55,16 @@ def known(
     monkeypatch.setattr(selection, "candidates", lambda problem: found)
     monkeypatch.setattr(selection, "measure", made_up)
     return calls
+
+
+def choose(
+    problem: MatmulProblem,
+    constants: Sequence[np.ndarray | None],
+    threads: int,
+    asked: Selection,
+    prefer: str | None = None,
+) -> Candidate:
+    return decide(contenders(problem, threads, asked, prefer), constants, threads)
 
 
 def test_measured_time_decides_among_the_best_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
