@@ -5,36 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from graphopt.calibration import CalibrationData, observe
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node
+from graphopt.passes.quantization.channel_statistics import ChannelMoments
 from graphopt.pipeline import Context
 from graphopt.registry import register_pass
-
-
-class Moments:
-    """Mean and variance of every channel over all batches."""
-
-    def __init__(self, dimension: int) -> None:
-        self._dimension = dimension
-        self.count = 0
-        self.sum: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
-
-    def __call__(self, x: Tensor) -> None:
-        rows = x.double().movedim(self._dimension, -1).flatten(0, -2)
-        self.count += len(rows)
-        self.sum = self.sum + rows.sum(0)
-        self.squares = self.squares + rows.square().sum(0)
-
-    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        mean = torch.as_tensor(self.sum) / self.count
-        unbiased = self.count / max(self.count - 1, 1)
-        variance = (torch.as_tensor(self.squares) / self.count - mean.square()) * unbiased
-        return mean, variance.clamp_min(0)
 
 
 @register_pass("batch-norm-reestimation", accuracy="lossy")
@@ -64,12 +40,12 @@ class BatchNormReestimation:
                 for name in ("running_mean", "running_var"):
                     training.set_operand(node, name, None)
                 training.set_operand(node, "training", True)
-        moments = [Moments(1) for _ in twins]
-        watched = {node["input"]: seen for node, seen in zip(twins, moments, strict=True)}
-        observe(training, CalibrationData(self.data), watched.items(), ctx, "batch norm")
-        for node, twin in zip(nodes, twins, strict=True):
-            found = watched[twin["input"]].mean_and_variance()
-            for name, tensor in zip(("running_mean", "running_var"), found, strict=True):
+        moments = [ChannelMoments(1) for _ in twins]
+        watched = [(twin["input"], seen) for twin, seen in zip(twins, moments, strict=True)]
+        observe(training, CalibrationData(self.data), watched, ctx, "batch norm")
+        for node, seen in zip(nodes, moments, strict=True):
+            found = {"running_mean": seen.mean(), "running_var": seen.variance()}
+            for name, tensor in found.items():
                 old = node[name]
                 made = graph.constant(tensor.to(old.dtype), old.name)
                 graph.set_operand(node, name, made)

@@ -14,7 +14,7 @@ from graphopt.calibration import CalibrationData, observe
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node
 from graphopt.passes.layers import Layer, layer_of, rewrite_layer
-from graphopt.passes.quantization.batch_norm_reestimation import Moments
+from graphopt.passes.quantization.channel_statistics import ChannelMoments
 from graphopt.pipeline import Context
 from graphopt.registry import register_pass
 
@@ -43,17 +43,20 @@ class HighBiasAbsorption:
         links = [link for node in graph.nodes if (link := _link(node)) is not None]
         if not links:
             return False
-        moments = {writer.node.output: Moments(writer.output_dimension) for writer, _ in links}
-        observe(graph, CalibrationData(self.data), moments.items(), ctx, "moments of channels")
+        moments = [ChannelMoments(writer.output_dimension) for writer, _ in links]
+        outputs = [writer.node.output for writer, _ in links]
+        watched = zip(outputs, moments, strict=True)
+        observe(graph, CalibrationData(self.data), watched, ctx, "moments of channels")
         changed = False
-        for name, readers in [(w.node.output, [r.node for r in rs]) for w, rs in links]:
-            assert name.producer is not None
-            changed |= self._absorb(graph, name.producer, readers, moments[name])
+        for (writer, readers), seen in zip(links, moments, strict=True):
+            changed |= self._absorb(graph, writer.node, [reader.node for reader in readers], seen)
         return changed
 
-    def _absorb(self, graph: Graph, node: Node, readers: list[Node], moments: Moments) -> bool:
-        mean, variance = moments.mean_and_variance()
-        absorbed = (mean - self.deviations * variance.sqrt()).clamp_min(0)
+    def _absorb(
+        self, graph: Graph, node: Node, readers: list[Node], moments: ChannelMoments
+    ) -> bool:
+        absorbed = moments.mean() - self.deviations * moments.variance().sqrt()
+        absorbed = absorbed.clamp_min(0)
         if not absorbed.any():
             return False
         with graph.edit():

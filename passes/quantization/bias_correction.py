@@ -15,8 +15,8 @@ from graphopt.calibration import CalibrationData
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node
 from graphopt.passes.layers import LINEAR
+from graphopt.passes.quantization.channel_statistics import ChannelMean
 from graphopt.passes.quantization.insertion import read_bias, write_bias
-from graphopt.passes.quantization.layer_rounding import OutputMean
 from graphopt.passes.quantization.scheme import CONVOLUTION
 from graphopt.pipeline import Context
 from graphopt.registry import register_pass
@@ -66,7 +66,7 @@ def _has_bias(node: Node) -> bool:
 
 def channel_means(graph: Graph, node: Node, data: CalibrationData) -> Tensor:
     """The mean of every output channel of a layer over data, [channels] in float64."""
-    mean = OutputMean(node.output.rank - (1 if node.op == LINEAR else 3))
+    mean = ChannelMean(node.output.rank - (1 if node.op == LINEAR else 3))
 
     def show(seen: Node, results: list[Tensor]) -> None:
         if seen is node:

@@ -19,6 +19,7 @@ from graphopt.calibration import CalibrationData, observe
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.layers import Layer, is_storable, layer_of, rewrite_layer
+from graphopt.passes.quantization.channel_statistics import ChannelRange
 from graphopt.passes.quantization.scheme import is_residual_add, is_zero_padding
 from graphopt.pipeline import Context
 from graphopt.registry import register_pass
@@ -164,19 +165,6 @@ def _scale_normalisation(graph: Graph, node: Node, factor: Tensor) -> None:
             scaled = (old.constant.double() / factor).to(old.dtype)
             made = graph.constant(scaled, old.name, trainable=old.trainable)
             graph.set_operand(node, name, made)
-
-
-class ChannelRange:
-    """The largest magnitude of every channel."""
-
-    def __init__(self, dimension: int) -> None:
-        self._dimension = dimension
-        self.largest: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> None:
-        others = [d for d in range(x.dim()) if d != self._dimension]
-        largest = x.abs().amax(others) if others else x.abs()
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
 
 def equalise_activations(

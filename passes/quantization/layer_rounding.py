@@ -11,6 +11,7 @@ from graphopt import reference
 from graphopt.calibration import CalibrationData
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.layers import Layer, layer_of
+from graphopt.passes.quantization.channel_statistics import ChannelMean
 from graphopt.passes.quantization.gptq import round_gptq
 from graphopt.passes.quantization.insertion import RoundedWeight
 from graphopt.passes.quantization.rounding import round_by_reconstruction
@@ -25,24 +26,6 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
 }
 ITEMS = 64
 """How many items of calibration data weights are rounded for."""
-
-
-class OutputMean:
-    """The mean of every channel of tensors, [channels] in float64."""
-
-    def __init__(self, dimension: int) -> None:
-        self._dimension = dimension
-        self._sum: Tensor | float = 0.0
-        self._count = 0
-
-    def __call__(self, x: Tensor) -> None:
-        others = [d for d in range(x.dim()) if d != self._dimension]
-        self._count += x.numel() // max(x.shape[self._dimension], 1)
-        self._sum = self._sum + (x.double().sum(others) if others else x.double())
-
-    def mean(self) -> Tensor:
-        assert isinstance(self._sum, Tensor)
-        return self._sum / self._count
 
 
 def round_nearest(node: Node, format: WeightFormat) -> RoundedWeight:
@@ -116,12 +99,12 @@ def _held(graph: Graph, data: CalibrationData) -> list[list[Tensor]]:
 def _output_means(
     graph: Graph, layers: Sequence[str], held: Sequence[Sequence[Tensor]]
 ) -> dict[str, Tensor]:
-    means: dict[str, OutputMean] = {}
+    means: dict[str, ChannelMean] = {}
     for node in graph.nodes:
         if node.name in layers:
             layer = layer_of(node)
             assert isinstance(layer, Layer)
-            means[node.name] = OutputMean(layer.output_dimension)
+            means[node.name] = ChannelMean(layer.output_dimension)
 
     def show(node: Node, results: list[Tensor]) -> None:
         if node.name in means:
@@ -141,7 +124,7 @@ def _keep_mean(
     """The rounded weight with a bias that gives each channel its mean; results follow."""
     layer = layer_of(node)
     assert isinstance(layer, Layer)
-    mean = OutputMean(layer.output_dimension)
+    mean = ChannelMean(layer.output_dimension)
     for environment in environments:
         mean(environment[node.output])
     drift = (expected - mean.mean()).float()

@@ -16,10 +16,10 @@ from graphopt.calibration import CalibrationData, observe
 from graphopt.errors import PassError
 from graphopt.ir import Graph
 from graphopt.passes.layers import Layer, layer_of
+from graphopt.passes.quantization.channel_statistics import ChannelRange
 from graphopt.passes.quantization.equalisation import (
     LAYER_NORM,
     ChannelGroup,
-    ChannelRange,
     channel_groups,
     scale_group,
 )

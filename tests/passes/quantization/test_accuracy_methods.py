@@ -10,7 +10,7 @@ from torch import Tensor
 from graphopt import reference
 from graphopt.calibration import CalibrationData
 from graphopt.errors import PassError
-from graphopt.ir import Graph
+from graphopt.ir import Graph, TensorType
 from graphopt.passes import (
     BatchNormReestimation,
     BiasCorrection,
@@ -158,6 +158,23 @@ def test_absorption_lowers_biases_and_keeps_the_function() -> None:
     bias = graph.nodes[0]["bias"].constant
     assert (bias[:2] < torch.tensor([50.0, 80.0]) - 10).all()
     assert bias[2:].tolist() == [-50.0, 0.0]
+
+
+def test_absorption_in_a_network_of_single_vectors() -> None:
+    graph = Graph()
+    x = graph.add_input("x", TensorType(torch.float32, (3,)))
+    weights = [graph.constant(torch.eye(3), name) for name in ("a.weight", "b.weight")]
+    bias = graph.constant(torch.tensor([50.0, -50.0, 0.0]), "a.bias")
+    y = graph.add("aten.relu", graph.add("aten.linear", x, weights[0], bias))
+    graph.set_outputs([graph.add("aten.linear", y, weights[1], None)])
+    before = graph.clone()
+    assert Pipeline([HighBiasAbsorption(data_for(graph))]).run(graph)
+    assert_same_function(before, graph)
+    first, _, second = graph.nodes
+    seen = torch.stack(data_for(graph))[:, 0].double() + 50
+    absorbed = seen.mean() - 3 * seen.std()
+    torch.testing.assert_close(first["bias"].constant[0], (50 - absorbed).float())
+    torch.testing.assert_close(second["bias"].constant[0], absorbed.float())
 
 
 def test_absorption_leaves_layers_with_padding_alone() -> None:
