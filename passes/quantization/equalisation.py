@@ -167,6 +167,45 @@ def _scale_normalisation(graph: Graph, node: Node, factor: Tensor) -> None:
             graph.set_operand(node, name, made)
 
 
+def activation_ranges(
+    graph: Graph, groups: list[ChannelGroup], data: CalibrationData, ctx: Context
+) -> list[Tensor]:
+    """The largest magnitudes that calibration data gives the channels of every group, [channels]
+    in float64."""
+    ranges = {v: ChannelRange(dim) for group in groups for v, dim in group.values.items()}
+    observe(graph, data, ranges.items(), ctx, "ranges of channels")
+    found = []
+    for group in groups:
+        seen = [r for v in group.values if (r := ranges[v].largest) is not None]
+        found.append(torch.stack(seen).amax(0).double())
+    return found
+
+
+def written_range(group: ChannelGroup) -> Tensor | None:
+    """The largest magnitudes of the weights of layers that write the channels of a group,
+    [channels] in float64; None if no layer does."""
+    return _weight_range(group.writers, (2, 3))
+
+
+def read_range(group: ChannelGroup) -> Tensor | None:
+    """The same of the layers that read them."""
+    return _weight_range(group.readers, (1, 3))
+
+
+def _weight_range(nodes: list[Node], others: tuple[int, int]) -> Tensor | None:
+    layers = [layer for node in nodes if isinstance(layer := layer_of(node), Layer)]
+    largest = [layer.taps().abs().amax(others).reshape(-1) for layer in layers]
+    return torch.stack(largest).amax(0) if largest else None
+
+
+def balancing(written: Tensor, read: Tensor, strength: float) -> Tensor:
+    """Factors ``written**strength / read**(1 - strength)`` [channels] from largest magnitudes; 1
+    for channels without any."""
+    usable = (written > 0) & (read > 0)
+    factor = written**strength / read.clamp_min(1e-30) ** (1 - strength)
+    return torch.where(usable, factor, 1.0).clamp(1e-4, 1e4)
+
+
 def equalise_activations(
     graph: Graph, groups: list[ChannelGroup], data: CalibrationData, strength: float, ctx: Context
 ) -> int:
@@ -182,12 +221,9 @@ def equalise_activations(
     Returns:
         How many groups were scaled.
     """
-    ranges = {v: ChannelRange(dim) for group in groups for v, dim in group.values.items()}
-    observe(graph, data, ranges.items(), ctx, "ranges of channels")
     count = 0
-    for group in groups:
-        seen = [r for v in group.values if (r := ranges[v].largest) is not None]
-        largest = torch.stack(seen).amax(0).double()
+    ranges = activation_ranges(graph, groups, data, ctx)
+    for group, largest in zip(groups, ranges, strict=True):
         if largest.any():
             factor = (largest / largest.max()).clamp_min(LEAST_FACTOR) ** strength
             count += scale_group(graph, group, factor)
@@ -199,20 +235,10 @@ def equalise_weights(graph: Graph, groups: list[ChannelGroup]) -> int:
     as those that read it; without data. Returns how many groups were scaled."""
     count = 0
     for group in groups:
-        writers = [layer_of(node) for node in group.writers]
-        readers = [layer_of(node) for node in group.readers]
-        written = _largest([x.taps().abs().amax((2, 3)) for x in writers if isinstance(x, Layer)])
-        read = _largest([x.taps().abs().amax((1, 3)) for x in readers if isinstance(x, Layer)])
-        if written is None or read is None:
-            continue
-        usable = (written > 0) & (read > 0)
-        factor = torch.where(usable, (written / read.clamp_min(1e-30)).sqrt(), 1.0)
-        count += scale_group(graph, group, factor.clamp(1e-4, 1e4))
+        written, read = written_range(group), read_range(group)
+        if written is not None and read is not None:
+            count += scale_group(graph, group, balancing(written, read, 0.5))
     return count
-
-
-def _largest(ranges: list[Tensor]) -> Tensor | None:
-    return torch.stack([r.reshape(-1) for r in ranges]).amax(0) if ranges else None
 
 
 @register_pass("cross-layer-equalisation", accuracy=1e-3)

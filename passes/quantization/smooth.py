@@ -9,18 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from graphopt.calibration import CalibrationData, observe
+from graphopt.calibration import CalibrationData
 from graphopt.errors import PassError
 from graphopt.ir import Graph
-from graphopt.passes.layers import Layer, layer_of
-from graphopt.passes.quantization.channel_statistics import ChannelRange
 from graphopt.passes.quantization.equalisation import (
     LAYER_NORM,
-    ChannelGroup,
+    activation_ranges,
+    balancing,
     channel_groups,
+    read_range,
     scale_group,
 )
 from graphopt.pipeline import Context
@@ -57,26 +54,10 @@ class SmoothQuant:
         ]
         if not groups:
             return False
-        ranges = {v: ChannelRange(dim) for group in groups for v, dim in group.values.items()}
-        observe(graph, CalibrationData(self.data), ranges.items(), ctx, "ranges of channels")
         count = 0
-        for group in groups:
-            seen = [r for v in group.values if (r := ranges[v].largest) is not None]
-            largest = torch.stack(seen).amax(0).double()
-            factor = smoothing(largest, _weights(group), self.strength)
-            count += scale_group(graph, group, factor)
+        ranges = activation_ranges(graph, groups, CalibrationData(self.data), ctx)
+        for group, largest in zip(groups, ranges, strict=True):
+            read = read_range(group)
+            assert read is not None
+            count += scale_group(graph, group, balancing(largest, read, self.strength))
         return count > 0
-
-
-def smoothing(activations: Tensor, weights: Tensor, strength: float) -> Tensor:
-    """Factors [channels] from the largest magnitudes of activations and weights; 1 for channels
-    without any."""
-    usable = (activations > 0) & (weights > 0)
-    factor = activations**strength / weights.clamp_min(1e-30) ** (1 - strength)
-    return torch.where(usable, factor, 1.0).clamp(1e-4, 1e4)
-
-
-def _weights(group: ChannelGroup) -> Tensor:
-    readers = [layer_of(node) for node in group.readers]
-    largest = [r.taps().abs().amax((1, 3)).reshape(-1) for r in readers if isinstance(r, Layer)]
-    return torch.stack(largest).amax(0)

@@ -22,7 +22,7 @@ from graphopt.passes import (
     SmoothQuant,
 )
 from graphopt.passes.quantization.bias_correction import channel_means
-from graphopt.passes.quantization.smooth import smoothing
+from graphopt.passes.quantization.equalisation import balancing
 from graphopt.pipeline import Pipeline
 
 
@@ -142,8 +142,8 @@ def test_smoothing_keeps_the_function_and_moves_outliers() -> None:
 def test_smoothing_by_the_formula() -> None:
     activations, weights = torch.tensor([16.0, 4.0, 0.0]), torch.tensor([1.0, 0.25, 3.0])
     expected = torch.tensor([4.0, 4.0, 1.0])
-    torch.testing.assert_close(smoothing(activations, weights, 0.5), expected)
-    torch.testing.assert_close(smoothing(activations, weights, 1.0)[:2], activations[:2])
+    torch.testing.assert_close(balancing(activations, weights, 0.5), expected)
+    torch.testing.assert_close(balancing(activations, weights, 1.0)[:2], activations[:2])
 
 
 def test_absorption_lowers_biases_and_keeps_the_function() -> None:
