@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir import Graph, Node, Origin, Value
+from graphopt.ir.value import substitute
 from graphopt.passes.quantization.observers import Range
 from graphopt.passes.quantization.scheme import Scheme, is_zero_padding
 from graphopt.passes.quantization.weights import (
@@ -88,10 +89,9 @@ def _quantize_value(
             DEQUANTIZE, steps, *tail, before=place, name=f"{value.name}_dq", origin=origin
         )
         for user in users:
-            for operand, given in list(user.operands.items()):
-                changed = _swap(given, value, back)
-                if changed is not given:
-                    graph.set_operand(user, operand, changed)
+            for name, operand in substitute(user.operands, {value: back}).items():
+                if operand != user.operands[name]:
+                    graph.set_operand(user, name, operand)
         if everywhere and value.is_output:
             graph.set_outputs([back if output is value else output for output in graph.outputs])
 
@@ -99,14 +99,6 @@ def _quantize_value(
 def _origin(graph: Graph, node: Node | None) -> Origin:
     """Of the same module as a node, made by the pass that runs."""
     return replace(node.origin if node is not None else Origin(), made_by=graph.made_by)
-
-
-def _swap(operand: object, old: Value, new: Value) -> object:
-    if operand is old:
-        return new
-    if isinstance(operand, list) and any(item is old for item in operand):
-        return [new if item is old else item for item in operand]
-    return operand
 
 
 def _after(graph: Graph, value: Value) -> Node | None:
@@ -123,7 +115,8 @@ def quantize_layer(
     weight, bias = node["weight"], node["bias"]
     scale, input_scale = rounded.scale, None
     if static:
-        input_scale = _input_scale(node["input"])
+        input_scale = static_scale(node["input"])
+        assert input_scale is not None
         scale = scales_with_room(scale, rounded.bias, input_scale)
     steps = rounded.steps
     if not torch.equal(scale, rounded.scale):
@@ -179,12 +172,6 @@ def _bias(
     )
 
 
-def _input_scale(value: Value) -> Tensor:
-    scale = static_scale(value)
-    assert scale is not None
-    return scale
-
-
 def static_scale(value: Value) -> Tensor | None:
     """The scale of the quantized tensor that a value is, seen through padding; None if it is
     none, or has its scale only while the network runs."""
@@ -234,10 +221,14 @@ def quantize_dynamically(graph: Graph, value: Value, readers: list[Node]) -> Non
     dimension) with a scale of its own, so that a result does not depend on the rest of a batch.
 
     No step is below -127, so that the whole range of int8 can be declared, as ONNX wants it.
+
+    Args:
+        graph: changed in place.
+        value: what is quantized.
+        readers: the linear layers that read it, in the order of the graph.
     """
     size = value.shape[-1]
-    before = min(readers, key=lambda node: node._key)
-    with graph.edit(), graph.inserting(before):
+    with graph.edit(), graph.inserting(readers[0]):
         largest = graph.add("aten.amax", graph.add("aten.abs", value), [-1], True)
         scale = graph.add("aten.clamp_min", graph.add("aten.div.Scalar", largest, 127.0), 2.0**-100)
         tail = (scale, None, value.rank - 1, -128, 127, torch.int8, size)

@@ -15,13 +15,13 @@ import torch
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.channels import is_view
 from graphopt.passes.layers import LINEAR, Layer, layer_of
+from graphopt.passes.padding_folding import PADS
 
 CONVOLUTION = "aten.conv2d"
 ACTIVATIONS = frozenset("aten.relu aten.hardtanh aten.relu6 aten.clamp aten.clamp_min".split())
 """Clamps: after a layer they are part of it, elsewhere they keep scale and zero point."""
 
 _ADD = "aten.add.Tensor"
-_PADS = frozenset(("aten.pad", "aten.constant_pad_nd"))
 _KEEPING = frozenset(
     """
     aten.max_pool2d aten.avg_pool2d aten.adaptive_avg_pool2d aten.adaptive_max_pool2d aten.mean.dim
@@ -118,9 +118,9 @@ def is_candidate(node: Node) -> str | None:
 
 def is_zero_padding(node: Node) -> bool:
     return (
-        node.op in _PADS
+        node.op in PADS
         and not node["value"]
-        and node.operands.get("mode", "constant") == ("constant")
+        and node.operands.get("mode", "constant") == "constant"
     )
 
 
@@ -149,7 +149,8 @@ def fused_layer(scheme: Scheme, add: Node) -> Node | None:
     ]
     if not scheme.fuses_additions or not candidates or add["self"] is add["other"]:
         return None
-    return max(candidates, key=lambda node: node._key)
+    first, last = candidates[0], candidates[-1]
+    return first if last.before(first) else last
 
 
 def _sources(node: Node) -> list[Value]:
