@@ -46,9 +46,13 @@ class Difference:
         largest = noise.max().item()
         scale = expected[finite].abs().max().item() if finite.any() else 0.0
         signal, error = expected[finite].square().sum().item(), noise.square().sum().item()
-        ratio = math.inf if error == 0 else 10 * math.log10(max(signal / error, 1e-300))
         relative = largest / scale if scale else (0.0 if largest == 0 else math.inf)
-        return Difference(name, module, largest, relative, ratio)
+        return Difference(name, module, largest, relative, decibels(signal, error))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two powers in decibels, at least -3000; infinite without noise."""
+    return math.inf if noise == 0 else 10 * math.log10(max(signal / noise, 1e-300))
 
 
 @dataclass(frozen=True)

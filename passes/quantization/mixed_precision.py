@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from graphopt import reference
 from graphopt.calibration import CalibrationData
+from graphopt.comparison import decibels
 from graphopt.ir import Graph
 from graphopt.pipeline import Context
 
@@ -36,9 +36,7 @@ class SignalToNoise:
 
     @property
     def decibels(self) -> float:
-        if self._noise == 0:
-            return math.inf
-        return 10 * math.log10(max(self._signal, 1e-300) / self._noise)
+        return decibels(self._signal, self._noise)
 
 
 def signal_to_noise(

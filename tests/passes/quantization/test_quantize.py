@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt import reference
+from graphopt.comparison import Difference, decibels
 from graphopt.errors import PassError
 from graphopt.ir import Graph
 from graphopt.passes import Quantize
@@ -77,8 +79,7 @@ def quantize(source: Graph, **options: Any) -> tuple[Graph, Context]:
 
 def sqnr(source: Graph, graph: Graph, x: Tensor) -> float:
     (expected,), (actual,) = reference.run(source, [x]), reference.run(graph, [x])
-    noise = (expected - actual).square().sum()
-    return float(10 * (expected.square().sum() / noise).log10())
+    return Difference.between("output", "", expected, actual).sqnr
 
 
 def weights(graph: Graph) -> dict[str, Tensor]:
@@ -228,6 +229,12 @@ def _means(graph: Graph, x: Tensor) -> dict[str, Tensor]:
 
     reference.run(graph, [x], observe=show)
     return found
+
+
+def test_decibels() -> None:
+    assert decibels(100.0, 1.0) == pytest.approx(20)
+    assert decibels(1.0, 0.0) == math.inf
+    assert decibels(0.0, 1.0) == pytest.approx(-3000)
 
 
 def test_mixed_precision_by_the_ratio_of_signal_to_noise(small: Graph) -> None:
