@@ -22,6 +22,7 @@ CONVOLUTIONS = frozenset(
 TRANSPOSED_CONVOLUTIONS = frozenset(
     ("aten.conv_transpose1d", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 )
+LAYERS = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR, "aten.convolution"}
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def is_transposed(node: Node) -> bool:
 
 def layer_of(node: Node) -> Layer | Decline:
     """The layer that a node is, or why it is none that can be changed."""
-    known = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR, "aten.convolution"}
-    if node.op not in known:
+    if node.op not in LAYERS:
         return Decline(f"%{node.name} is {node.op}, neither a convolution nor a linear layer")
     data, weight, bias = node["input"], node["weight"], node["bias"]
     if weight.constant is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 
@@ -12,11 +13,4 @@ def smallest(suffices: Callable[[int], bool], largest: int) -> int:
         suffices: whether a number is large enough; if one is, all larger ones are.
         largest: the last one that is considered.
     """
-    low, high = 1, max(1, largest)
-    while low < high:
-        middle = (low + high) // 2
-        if suffices(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return 1 + bisect_left(range(1, largest), True, key=suffices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -68,11 +69,5 @@ def fewest_in_floats(order: Sequence[str], is_good: Callable[[Sequence[str]], bo
         is_good: whether the target is met when these layers are left in floats. More layers in
             floats are taken to be no worse, so that bisection finds the shortest.
     """
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        if is_good(order[:middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return list(order[:low])
+    count = bisect_left(range(len(order)), True, key=lambda n: is_good(order[:n]))
+    return list(order[:count])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from graphopt.errors import PassError
 from graphopt.ir import Graph, Node, Value
 from graphopt.pass_report import PassReport
 from graphopt.passes.layer_choice import LayerPattern, as_patterns, chosen
-from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
+from graphopt.passes.layers import LAYERS, LINEAR
 from graphopt.passes.quantization import mixed_precision
 from graphopt.passes.quantization.equalisation import channel_groups, equalise_activations
 from graphopt.passes.quantization.insertion import (
@@ -37,7 +38,6 @@ from graphopt.registry import register_pass
 Activations = Literal["uint8", "int8", "dynamic"] | None
 _DTYPES = {"uint8": torch.uint8, "int8": torch.int8}
 _BITS = {"int8": 8, "int4": 4}
-_LAYERS = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR, "aten.convolution"}
 
 
 @register_pass("quantize", accuracy="lossy")
@@ -155,7 +155,7 @@ class Quantize:
         layers: list[str] = []
         skipped: dict[str, str] = {}
         for node in graph.nodes:
-            if node.op not in _LAYERS:
+            if node.op not in LAYERS:
                 continue
             reason = "ignored" if node in ignored else is_candidate(node)
             if reason is None and self.activations not in _DTYPES and node.op != LINEAR:
@@ -194,7 +194,7 @@ class _Work:
         """Find the ranges of values, in one sweep over the data."""
         if self._static is not None:
             nodes = self._nodes(self.source, self.layers)
-            self._complete_ranges([value.name for value in self._scheme(self.source, nodes).root])
+            self._complete_ranges(self._scheme(self.source, nodes))
 
     def round_weights(self) -> None:
         options, format = self.options, self.options.weight_format
@@ -226,16 +226,16 @@ class _Work:
             self.source, self._build, self.layers, self.data, self.ctx
         )
         order = sorted(self.layers, key=lambda name: found[name])
-        figures: dict[int, float] = {}
 
-        def quality(kept: Sequence[str]) -> float:
-            graph = self._build([name for name in self.layers if name not in set(kept)])
-            figures[len(kept)] = self._quality(graph)
-            return figures[len(kept)]
+        @cache
+        def quality(count: int) -> float:
+            """With so many layers in floats."""
+            floats = set(order[:count])
+            return self._quality(self._build([n for n in self.layers if n not in floats]))
 
         target = self._target()
-        kept = mixed_precision.fewest_in_floats(order, lambda names: quality(names) >= target)
-        final = figures[len(kept)] if len(kept) in figures else quality(kept)
+        kept = mixed_precision.fewest_in_floats(order, lambda some: quality(len(some)) >= target)
+        final = quality(len(kept))
         unit = "SQNR in dB" if options.target_sqnr is not None else "figure of merit"
         note = f"{unit}: {final:.4g} with {len(kept)} layers in floats, {target:.4g} was asked for."
         return set(kept), [note], found
@@ -271,7 +271,7 @@ class _Work:
         nodes = self._nodes(graph, names)
         if self._static is not None:
             scheme = self._scheme(graph, nodes)
-            self._complete_ranges([value.name for value in scheme.root])
+            self._complete_ranges(scheme)
             quantize_activations(graph, scheme, self.ranges, ActivationFormat(self._static))
         elif self.options.activations == "dynamic":
             readers: dict[Any, list[Node]] = {}
@@ -284,10 +284,10 @@ class _Work:
         fuses = self.options.fuse_additions
         return find_scheme(graph, frozenset(nodes), fuses_additions=fuses)
 
-    def _complete_ranges(self, names: list[str]) -> None:
+    def _complete_ranges(self, scheme: Scheme) -> None:
         """Observe the values whose range is not known yet. With fewer layers in integers, some
         may be quantized that were not before."""
-        missing = [name for name in names if name not in self.ranges]
+        missing = [value.name for value in scheme.root if value.name not in self.ranges]
         if not missing:
             return
         assert self.data is not None
