@@ -96,8 +96,7 @@ def fold_into_consumers(graph: Graph, affine: ChannelAffine) -> Value | Decline:
         taps = layer.taps()
         groups, _, channels, _ = taps.shape
         scale = affine.scale.expand(groups * channels).reshape(groups, 1, channels, 1)
-        shift = affine.shift.expand(groups * channels).reshape(groups, 1, channels, 1)
-        offsets = layer.offsets() + (taps * shift).sum(dim=(2, 3)).reshape(-1)
+        offsets = layer.offsets() + layer.response(affine.shift.expand(groups * channels))
         folded.append((layer, taps * scale, offsets))
         if not is_storable(*folded[-1]):
             return Decline(f"the weight of %{layer.node.name} would leave the range of its dtype")

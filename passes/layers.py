@@ -87,6 +87,13 @@ class Layer:
         groups, channels = self.taps().shape[:2]
         return torch.zeros(groups * channels, dtype=torch.float64)
 
+    def response(self, shift: Tensor) -> Tensor:
+        """What a shift of the input's channels [input channels], without padding, becomes in the
+        result, [output channels]; both in float64."""
+        taps = self.taps()
+        groups, _, channels, _ = taps.shape
+        return (taps * shift.reshape(groups, 1, channels, 1)).sum(dim=(2, 3)).reshape(-1)
+
 
 def is_transposed(node: Node) -> bool:
     """Whether a node is a transposed convolution."""

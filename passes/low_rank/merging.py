@@ -8,8 +8,8 @@ from torch import Tensor
 
 from graphopt.ir import Graph, Node
 from graphopt.ir.patterns import Decline
-from graphopt.passes.layers import LINEAR, Layer, layer_of
-from graphopt.passes.low_rank.subjects import CONVOLUTIONS
+from graphopt.passes.layers import CONVOLUTIONS, LINEAR, Layer, layer_of
+from graphopt.passes.low_rank.factors import Factor, compose
 
 
 def merge_neighbours(graph: Graph) -> int:
@@ -37,7 +37,7 @@ def _merge_with_next(graph: Graph, first: Node) -> bool:
         return False
     if before.groups != 1 or after.groups != 1 or not _can_merge(before, after):
         return False
-    weight = _product(before, after)
+    weight = compose((Factor(_kernel(before)), Factor(_kernel(after))))
     pixels = [
         prod(layer.node.output.shape[layer.output_dimension + 1 :]) for layer in (before, after)
     ]
@@ -66,24 +66,15 @@ def _is_pointwise(layer: Layer) -> bool:
     return taps == 1 and set(node["stride"]) == {1} and not layer.has_padding
 
 
-def _product(before: Layer, after: Layer) -> Tensor:
-    """The weight of both together, [output, input channels, *taps] in float64."""
-    assert before.weight.constant is not None
-    assert after.weight.constant is not None
-    first, second = before.weight.constant.double(), after.weight.constant.double()
-    if before.node.op == LINEAR:
-        return second @ first
-    return (second.movedim((0, 1), (-2, -1)) @ first.movedim((0, 1), (-2, -1))).movedim(
-        (-2, -1), (0, 1)
-    )
+def _kernel(layer: Layer) -> Tensor:
+    """The weight in float64, [output, input channels, *taps]."""
+    assert layer.weight.constant is not None
+    return layer.weight.constant.double()
 
 
 def _write(graph: Graph, before: Layer, after: Layer, weight: Tensor) -> None:
     first, second = before.node, after.node
-    offsets = after.offsets()
-    if before.bias is not None:
-        taps = after.taps()[0].sum(dim=2)
-        offsets = offsets + taps @ before.offsets()
+    offsets = after.offsets() + after.response(before.offsets())
     geometry = first if first.op == LINEAR or _is_pointwise(after) else second
     with graph.edit(), graph.inserting(second):
         stored, trainable = weight.to(after.weight.dtype), after.weight.trainable

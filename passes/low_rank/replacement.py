@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.ir import Graph, Node, Origin, Value
+from graphopt.ir import Graph, Origin, Value
 from graphopt.ir.types import TensorType
 from graphopt.passes.layers import LINEAR
 from graphopt.passes.low_rank.factors import Chain, Factor
 from graphopt.passes.low_rank.subjects import EMBEDDING, Subject
 
 
-def replace_layer(graph: Graph, subject: Subject, chain: Chain, offsets: Tensor) -> Node:
+def replace_layer(graph: Graph, subject: Subject, chain: Chain, offsets: Tensor) -> None:
     """Put a chain in the place of a layer.
 
     Its weights are named like modules in a sequence: those of ``conv`` become ``conv.0.weight``,
@@ -27,21 +26,16 @@ def replace_layer(graph: Graph, subject: Subject, chain: Chain, offsets: Tensor)
         subject: the layer.
         chain: as `factors.side_by_side` gives it.
         offsets: the bias [output channels]; all zeros mean none where there was none.
-
-    Returns:
-        The last layer of the chain.
     """
     node = subject.node
     owner = subject.weight.name.removesuffix("weight").removesuffix(".")
     origin = dataclasses.replace(node.origin, made_by=graph.made_by)
-    with graph.edit(), graph.inserting(node) as added:
+    with graph.edit(), graph.inserting(node):
         result = _emit(graph, subject, subject.input, chain, offsets, owner, origin)
         name = node.output.name
         graph.replace(node.output, result)
         graph.erase(node)
         graph.rename(result, name)
-    last: Node = added[-1]
-    return last
 
 
 def fragment(subject: Subject, chain: Chain | None = None) -> Graph:
@@ -76,7 +70,7 @@ def _emit(
     """Add the layers of a chain; returns the last result."""
     has_bias = subject.bias is not None or bool(offsets.any())
     dtype, name = subject.weight.dtype, subject.node.output.name
-    for place, factor, is_last in _with_places(chain):
+    for place, factor in enumerate(chain):
         prefix = f"{owner}.{place}" if owner else str(place)
 
         def constant(tensor: Tensor, leaf: str, prefix: str = prefix) -> Value:
@@ -90,6 +84,7 @@ def _emit(
             x = graph.add(EMBEDDING, table, x, padding_idx=padding, **settings)
             continue
         weight = constant(factor.weight, "weight")
+        is_last = place == len(chain) - 1
         bias = constant(offsets, "bias") if is_last and has_bias else None
         if subject.spatial == 0:
             x = graph.add(LINEAR, x, weight, bias, **settings)
@@ -117,11 +112,6 @@ def _convolve(
         padding = own(subject.padding, 0)
     stride, dilation = own(subject.stride, 1), own(subject.dilation, 1)
     return graph.add(op, *operands, stride, padding, dilation, factor.groups, **settings)
-
-
-def _with_places(chain: Chain) -> Iterator[tuple[int, Factor, bool]]:
-    for place, factor in enumerate(chain):
-        yield place, factor, place == len(chain) - 1
 
 
 def in_rows(tensor: Tensor, spatial: int) -> Tensor:

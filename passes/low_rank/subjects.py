@@ -11,12 +11,11 @@ from torch import Tensor
 from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.patterns import Decline
-from graphopt.passes.layers import LINEAR, per_dimension
+from graphopt.passes.layers import CONVOLUTIONS, LINEAR, per_dimension
 from graphopt.passes.low_rank.factors import Chain, multiply_adds, parameters
 from graphopt.passes.neighbourhoods import zeros_around
 
 EMBEDDING = "aten.embedding"
-CONVOLUTIONS = {f"aten.conv{d}d{overload}": d for d in (1, 2, 3) for overload in ("", ".padding")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +121,11 @@ def subject_of(graph: Graph, node: Node) -> Subject | Decline | None:
         return Subject(node, weight, None, rows=prod(node["indices"].shape))
     if node.op == LINEAR:
         return Subject(node, weight, bias, rows=prod(node["input"].shape[:-1]))
-    return _convolution(node, weight, bias, CONVOLUTIONS[node.op])
+    return _convolution(node, weight, bias)
 
 
-def _convolution(node: Node, weight: Value, bias: Value | None, spatial: int) -> Subject | Decline:
-    if weight.rank != spatial + 2:
-        return Decline(f"its weight is {weight.type}")
-    groups, out = node["groups"], weight.shape[0]
+def _convolution(node: Node, weight: Value, bias: Value | None) -> Subject | Decline:
+    spatial, groups, out = weight.rank - 2, node["groups"], weight.shape[0]
     if weight.shape[1] == 1 and groups == out:
         return Decline("it is depthwise, its channels have no rank in common")
     shape, result = node["input"].shape, node.output.shape

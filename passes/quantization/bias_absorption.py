@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from graphopt.calibration import CalibrationData, observe
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node
@@ -63,18 +61,12 @@ class HighBiasAbsorption:
             # Layers are looked up anew: one may be a reader here and a writer elsewhere.
             for reader in map(layer_of, readers):
                 assert isinstance(reader, Layer)
-                taps = reader.taps()
-                rewrite_layer(graph, reader, taps, reader.offsets() + _through(taps, absorbed))
+                offsets = reader.offsets() + reader.response(absorbed)
+                rewrite_layer(graph, reader, reader.taps(), offsets)
             writer = layer_of(node)
             assert isinstance(writer, Layer)
             rewrite_layer(graph, writer, writer.taps(), writer.offsets() - absorbed)
         return True
-
-
-def _through(taps: Tensor, shift: Tensor) -> Tensor:
-    """What a shift of every input channel becomes at the output, [output channels]."""
-    groups, _, inputs, _ = taps.shape
-    return (taps.sum(3) @ shift.reshape(groups, inputs, 1)).reshape(-1)
 
 
 def _link(node: Node) -> tuple[Layer, list[Layer]] | None:
