@@ -47,10 +47,11 @@ class Gate:
             self._chains[key] = min(t[0] for t in times), min(t[1] for t in times)
         return self._chains[key]
 
-    def passes(self, candidates: Candidates, candidate: Candidate) -> bool:
-        """Whether a chain is faster than its layer."""
-        before, after = self.pair(candidates, candidate)
-        return after <= FASTER * before
+
+def is_faster(times: tuple[float, float]) -> bool:
+    """Whether a chain is faster than its layer, by the seconds of layer and chain."""
+    before, after = times
+    return after <= FASTER * before
 
 
 def _key(graph: Graph) -> str:

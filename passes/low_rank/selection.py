@@ -6,12 +6,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median_high
 from typing import Literal
 
 from graphopt.errors import PassError
 from graphopt.passes.low_rank.budget import Option, choose
 from graphopt.passes.low_rank.candidates import Candidate, Candidates
-from graphopt.passes.low_rank.gate import FASTER, Gate
+from graphopt.passes.low_rank.gate import Gate, is_faster
 from graphopt.pipeline import Context
 
 Cost = Literal["macs", "parameters", "time"]
@@ -21,8 +22,6 @@ BOUNDS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _NOUNS = {"macs": "multiply-adds", "parameters": "parameters", "time": "time"}
 ROUNDS = 12
 """How often a time budget is solved with estimates among the times."""
-
-
 MEASURED = 3
 """Of how many decompositions of a layer times are compared: those with the fewest multiply-adds."""
 
@@ -65,7 +64,7 @@ def layer_by_layer(
         options = options[:MEASURED]
         times = {candidate: gate.pair(one, candidate) for candidate in options}
         best = min(options, key=lambda c: times[c][1] / times[c][0])
-        if gate.passes(one, best):
+        if is_faster(times[best]):
             selection.chosen[place], selection.times[place] = best, times[best]
         else:
             selection.refused[place] = best, times[best]
@@ -112,7 +111,7 @@ class Budget:
             for limit, own in zip(limits, self._own, strict=True)
         ]
         self._overhead: dict[tuple[int, str], float] = {}
-        self._measured: set[tuple[int, Candidate]] = set()
+        self._measured: dict[tuple[int, Candidate], tuple[float, float]] = {}
 
     def solve(self, ctx: Context) -> Selection:
         """Choose until everything that is chosen was measured and is faster than its layer.
@@ -133,9 +132,8 @@ class Budget:
             if self._gate is None or not fresh:
                 selection.chosen = chosen
                 for place, candidate in enumerate(chosen):
-                    if candidate is None or self._gate is None:
-                        continue
-                    selection.times[place] = self._gate.pair(self._layers[place], candidate)
+                    if candidate is not None and self._gate is not None:
+                        selection.times[place] = self._measured[place, candidate]
                 return selection
             for place, candidate in ctx.track(fresh, "times"):
                 self._measure(place, candidate, selection)
@@ -143,13 +141,13 @@ class Budget:
 
     def _measure(self, place: int, candidate: Candidate, selection: Selection) -> None:
         assert self._gate is not None
-        self._measured.add((place, candidate))
-        before, after = self._gate.pair(self._layers[place], candidate)
+        before, after = times = self._gate.pair(self._layers[place], candidate)
+        self._measured[place, candidate] = times
         share = candidate.macs / max(self._layers[place].subject.macs(), 1)
         self._overhead[place, candidate.method] = after / before / max(share, 1e-9)
-        if after > FASTER * before:
+        if not is_faster(times):
             self._options[place].remove(candidate)
-            selection.refused[place] = candidate, (before, after)
+            selection.refused[place] = candidate, times
 
     def _choose(self, only_measured: bool) -> list[Candidate | None]:
         """The option of every layer, None to leave it.
@@ -222,12 +220,11 @@ class Budget:
             return candidate.macs
         if cost == "parameters":
             return candidate.parameters
-        assert self._gate is not None
         if (place, candidate) in self._measured:
-            before, after = self._gate.pair(self._layers[place], candidate)
+            before, after = self._measured[place, candidate]
             return own * after / before
         of_method = [v for (_, method), v in self._overhead.items() if method == candidate.method]
-        typical = sorted(of_method)[len(of_method) // 2] if of_method else 1.0
+        typical = median_high(of_method) if of_method else 1.0
         overhead = self._overhead.get((place, candidate.method), typical)
         return own * overhead * candidate.macs / max(self._layers[place].subject.macs(), 1)
 
