@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx.utils import Extractor
 from rich.table import Table
@@ -17,6 +16,7 @@ from rich.table import Table
 from graphopt import reference
 from graphopt.errors import ExportError
 from graphopt.ir import Graph, Node, Value
+from graphopt.onnx.verification import cpu_session
 from graphopt.plain_text import plain_text
 
 _QUANTIZE = "graphopt.quantize"
@@ -85,11 +85,10 @@ def compare_layers(
     """
     values = [node.output for node in graph.nodes if _is_quantized(node)]
     seen: dict[Value, torch.Tensor] = dict(zip(graph.inputs, inputs, strict=True))
-    wanted = set(values)
 
     def remember(node: Node, results: list[Any]) -> None:
-        if node.outputs and node.outputs[0] in wanted:
-            seen[node.outputs[0]] = results[0]
+        if _is_quantized(node):
+            seen[node.output] = results[0]
 
     reference.run(graph, inputs, observe=remember)
     model = onnx.load(os.fspath(path))
@@ -101,12 +100,13 @@ def compare_layers(
         )
     known = {x.name: seen[v] for x, v in zip(model.graph.input, graph.inputs, strict=True)}
     known |= {name: seen[value] for name, value in zip(names, values, strict=True)}
+    producers = {output: node for node in model.graph.node for output in node.output}
     extractor = Extractor(model)
     layers = []
     for name, value in zip(names, values, strict=True):
-        sources = _sources(model, name, set(known))
-        part = extractor.extract_model(sources, [name])
-        result = _run(part, {source: known[source].numpy() for source in sources})
+        sources = _sources(producers, name, known)
+        part = cpu_session(extractor.extract_model(sources, [name]).SerializeToString())
+        (result,) = part.run(None, {source: known[source].numpy() for source in sources})
         difference = np.abs(result.astype(np.int64) - known[name].numpy().astype(np.int64))
         producer = value.producer
         assert producer is not None
@@ -125,9 +125,10 @@ def _is_quantized(node: Node) -> bool:
     return node.op == _QUANTIZE and not all(value.is_constant for value in node.input_values())
 
 
-def _sources(model: onnx.ModelProto, name: str, known: set[str]) -> list[str]:
+def _sources(
+    producers: Mapping[str, onnx.NodeProto], name: str, known: Container[str]
+) -> list[str]:
     """The quantized values and inputs that a quantized value is computed from."""
-    producers = {output: node for node in model.graph.node for output in node.output}
     found: dict[str, None] = {}
     stack = list(producers[name].input)
     while stack:
@@ -137,12 +138,3 @@ def _sources(model: onnx.ModelProto, name: str, known: set[str]) -> list[str]:
         elif given in producers:
             stack += producers[given].input
     return list(found)
-
-
-def _run(model: onnx.ModelProto, feed: dict[str, Any]) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, feed)[0]

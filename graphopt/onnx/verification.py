@@ -123,14 +123,18 @@ def _is_random(node: Node) -> bool:
     return all(node[switch] for switch in switches)
 
 
-def _session(path: os.PathLike[str]) -> Any:
+def cpu_session(model: str | bytes, **settings: str) -> Any:
+    """A file or a serialized model in onnxruntime, silent, with entries of its configuration."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    for name, value in settings.items():
+        options.add_session_config_entry(f"session.{name}", value)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _session(path: os.PathLike[str]) -> Any:
     try:
-        return onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=["CPUExecutionProvider"]
-        )
+        return cpu_session(os.fspath(path), disable_quant_qdq="1")
     except Exception as error:
         raise ExportError(
             f"onnxruntime cannot run the exported file: {_short(error)}; verify=False writes it "
