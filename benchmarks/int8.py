@@ -16,12 +16,13 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from inference import NETWORKS, ROOT, Inputs, Run, interleaved, machine
+from inference import BACKENDS, NETWORKS, ROOT, Inputs, Run, interleaved, machine
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -51,28 +52,24 @@ def _graphopt_int8(network: nn.Module, inputs: Inputs, passes: list[Prune], thre
     return lambda: optimized(x)
 
 
-def _onnxruntime(model: Path, inputs: Inputs, threads: int) -> Run:
-    import onnxruntime
+def quantize_onnx(model: Path, target: Path, batches: Iterable[Sequence[torch.Tensor]]) -> None:
+    """Let ONNX Runtime's static quantizer make a model's int8 form: weights per channel, ranges
+    by minimum and maximum.
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    feed = {name: x.numpy() for name, x in zip(names, inputs.values(), strict=True)}
-    return lambda: session.run(None, feed)
-
-
-def _quantize_onnx(model: Path, target: Path, inputs: Inputs) -> None:
-    """Let ONNX Runtime's quantizer make a model's int8 form, with the same batch."""
+    Args:
+        model: what to quantize.
+        target: where to write.
+        batches: calibration data, one tensor per input of the model.
+    """
     import onnx
     from onnxruntime import quantization
 
     names = [value.name for value in onnx.load(model).graph.input]
-    batches = iter([{name: x.numpy() for name, x in zip(names, inputs.values(), strict=True)}])
+    feeds = ({n: x.numpy() for n, x in zip(names, batch, strict=True)} for batch in batches)
 
     class Reader(quantization.CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(batches, None)
+            return next(feeds, None)
 
     quantization.quantize_static(
         model,
@@ -104,11 +101,12 @@ def measure(
         if not quantized.exists():
             pruned = graphopt.optimize(network, inputs["x"], passes)
             pruned.export_onnx(model, verify=False)
-            _quantize_onnx(model, quantized, inputs)
+            quantize_onnx(model, quantized, [list(inputs.values())])
+        in_onnxruntime = BACKENDS["onnxruntime"]
         runs = {
             "graphopt int8": _graphopt_int8(network, inputs, passes, threads),
-            "onnxruntime fp32": _onnxruntime(model, inputs, threads),
-            "onnxruntime int8": _onnxruntime(quantized, inputs, threads),
+            "onnxruntime fp32": in_onnxruntime(network, inputs, threads, model),
+            "onnxruntime int8": in_onnxruntime(network, inputs, threads, quantized),
         }
         seconds = interleaved(runs, rounds)
     return {"network": name, "form": form, "seconds": seconds}

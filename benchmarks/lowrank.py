@@ -15,29 +15,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from inference import ROOT, interleaved, machine
+from inference import BACKENDS, ROOT, Run, interleaved, machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
 import graphopt
+from graphopt.comparison import Difference
 from graphopt.flops import count_flops
 from graphopt.passes import EXACT, LowRank
 from graphopt.passes.low_rank.methods import METHODS
-
-sys.path.insert(0, str(ROOT / "tests"))
 
 SLOWER = 1.05
 """From which ratio on a layer counts as slower: times of single layers scatter that much."""
@@ -76,20 +74,6 @@ def network(name: str) -> nn.Module:
     return NETWORKS[name].build(224)
 
 
-def session_of(
-    optimized: graphopt.OptimizedModel, path: Path, x: torch.Tensor, threads: int
-) -> Callable[[], Any]:
-    """A call of the exported network in onnxruntime."""
-    import onnxruntime
-
-    optimized.export_onnx(path, verify=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
-
-
 def time_by_layer(optimized: graphopt.OptimizedModel) -> dict[str, float]:
     """Milliseconds per module of the source."""
     times: dict[str, float] = defaultdict(float)
@@ -108,11 +92,13 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
         dense = graphopt.optimize(model, x, threads=options.threads)
         small = graphopt.optimize(model, x, passes=[one], threads=options.threads)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            runs: dict[str, Callable[[], Any]] = {}
+            runs: dict[str, Run] = {}
             for what, optimized in (("dense", dense), ("low-rank", small)):
                 runs[f"graphopt {what}"] = lambda one=optimized: one(x)
                 path = Path(folder) / f"{what}.onnx"
-                runs[f"onnxruntime {what}"] = session_of(optimized, path, x, options.threads)
+                optimized.export_onnx(path, verify=False)
+                session = BACKENDS["onnxruntime"](model, {"x": x}, options.threads, path)
+                runs[f"onnxruntime {what}"] = session
             seconds = interleaved(runs, options.rounds)
         changed = [row[0] for row in small.report().passes[-1].rows]
         record = {
@@ -187,13 +173,12 @@ def data(options: argparse.Namespace) -> list[dict[str, Any]]:
             small, _ = decomposed(graph, one)
             network = small.to_torch()
             found = torch.cat([_scores(network, batch) for batch in images])
-            noise = (found - exact).square().sum() / exact.square().sum()
             same = found.argmax(dim=1) == exact.argmax(dim=1)
             records.append(
                 {
                     "variant": name,
                     "macs": macs(small) / macs(graph),
-                    "sqnr_db": -10 * math.log10(noise.item()),
+                    "sqnr_db": Difference.between("scores", "", exact, found).sqnr,
                     "agreement": same.double().mean().item(),
                 }
             )

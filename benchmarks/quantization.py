@@ -13,7 +13,6 @@ evaluated by torch, operator by operator; the others in onnxruntime.
 from __future__ import annotations
 
 import argparse
-import math
 import resource
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from int8 import quantize_onnx
 from photographs import CALIBRATION, EVALUATION, crops
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt import reference
+from graphopt.comparison import Difference
 from graphopt.demo import load_model
 from graphopt.passes import EXACT, Quantize
 from graphopt.pipeline import Context, Pipeline
@@ -88,28 +89,13 @@ def onnxruntime_quantizer(network: nn.Module) -> Way:
     """Its static quantizer: QDQ, weights per channel, ranges by minimum and maximum."""
 
     def way(calibration: Tensor, evaluation: Tensor) -> tuple[Tensor, str]:
-        from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        class Reader(CalibrationDataReader):
-            def __init__(self, name: str) -> None:
-                self._batches = iter([{name: x.numpy()} for x in calibration.split(BATCH)])
-
-            def get_next(self) -> Any:
-                return next(self._batches, None)
 
         with tempfile.TemporaryDirectory() as folder:
             source, prepared, path = (Path(folder) / f"{n}.onnx" for n in ("a", "b", "c"))
-            name = _export(network, source)
+            _export(network, source)
             quant_pre_process(source, prepared)
-            quantize_static(
-                prepared,
-                path,
-                Reader(name),
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
+            quantize_onnx(prepared, path, ([x] for x in calibration.split(BATCH)))
             return in_onnxruntime(path, evaluation), "all layers"
 
     return way
@@ -159,8 +145,7 @@ def compare(ways: list[str], calibration_count: int, evaluation_count: int) -> T
         actual, remark = known[name](calibration, evaluation)
         seconds = time.perf_counter() - started
         same = (expected.argmax(1) == actual.argmax(1)).double().mean().item()
-        noise = (expected - actual).square().sum()
-        ratio = 10 * math.log10(expected.square().sum() / noise)
+        ratio = Difference.between("logits", "", expected, actual).sqnr
         row = (name, f"{same:.1%}", f"{ratio:.1f}", f"{seconds:.0f}", remark)
         table.add_row(*row)
         print("  ".join(row), file=sys.stderr, flush=True)
