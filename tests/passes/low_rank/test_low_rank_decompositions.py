@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from low_rank_support import generator, methods_for, random
 
 from graphopt.ir.patterns import Decline
 from graphopt.passes.low_rank import matrices
@@ -30,20 +31,12 @@ from graphopt.passes.low_rank.splitting import Splitting
 from graphopt.passes.low_rank.tucker import Tucker
 
 SHAPES = [(8, 6, 3, 3), (6, 8, 3, 2), (5, 6, 1, 3), (7, 4, 5), (4, 4, 2, 3, 2), (9, 4)]
-
-
-def random(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+CASES = [(method, shape) for shape in SHAPES for method in methods_for(shape)]
 
 
 def made(method: str, kernel: torch.Tensor) -> Family:
     one = family(method, kernel, generator())
-    if isinstance(one, Decline):
-        pytest.skip(one.reason)
+    assert not isinstance(one, Decline), one.reason
     return one
 
 
@@ -55,7 +48,7 @@ def test_the_error_is_the_tail_of_the_singular_values(shape):
     matrix = random(*shape)
     values = torch.linalg.svdvals(matrix)
     found = decompose(matrix, generator())
-    torch.testing.assert_close(found.values, values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.values, values, rtol=0, atol=1e-13)
     for rank in range(1, min(shape) + 1):
         tail = (values[rank:].square().sum() / values.square().sum()).item()
         assert found.error(rank) == pytest.approx(tail, abs=1e-12)
@@ -178,26 +171,26 @@ def test_multiply_adds_follow_the_sizes_between_the_factors():
 # -- families ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "shape"), CASES)
 def test_full_rank_reproduces_the_kernel(method, shape):
+    """To rounding; what makes "cp" stable may cost 1e-14 of the kernel's square."""
     kernel = random(*shape)
     one = made(method, kernel)
     chain = one.chain(one.full)
-    assert math.sqrt(relative_error(kernel, compose(chain))) <= 1e-5
+    least = 1.1e-7 if method == "cp" else 1e-13
+    assert math.sqrt(relative_error(kernel, compose(chain))) <= least
     assert sorted(d for factor in chain for d in factor.dimensions) == list(range(len(shape) - 2))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "shape"), CASES)
 def test_the_error_is_that_of_the_draft_and_the_chain_is_no_worse(method, shape):
     kernel = random(*shape)
     one = made(method, kernel)
     for share in (0.3, 0.7):
         ranks = tuple(max(1, int(share * full)) for full in one.full)
         drafted = relative_error(kernel, compose(one.draft(ranks)))
-        assert one.error(ranks) == pytest.approx(drafted, abs=1e-9)
-        assert relative_error(kernel, compose(one.chain(ranks))) <= drafted + 1e-9
+        assert one.error(ranks) == pytest.approx(drafted, abs=1e-12)
+        assert relative_error(kernel, compose(one.chain(ranks))) <= drafted + 1e-12
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
@@ -242,7 +235,7 @@ def test_hooi_lowers_the_error_of_the_higher_order_svd(seed, into, out_of):
     bases, errors = Tucker(kernel).iterate((into, out_of))
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
     final = relative_error(kernel, compose(Tucker(kernel).chain((into, out_of))))
-    assert final == pytest.approx(errors[-1], abs=1e-9)
+    assert final == pytest.approx(errors[-1], abs=1e-12)
     assert final <= errors[0] + 1e-12
     for basis in bases:
         torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double())

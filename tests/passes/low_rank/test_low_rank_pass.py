@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
 
 import pytest
 import torch
+from low_rank_support import methods_for
 from torch import nn
 
 import graphopt
@@ -37,6 +39,10 @@ def macs_of(graph: Graph) -> int:
     return sum(count_flops(node) for node in graph.nodes) // 2
 
 
+def parameters_of(graph: Graph) -> int:
+    return sum(math.prod(value.shape) for value in graph.constants if value.trainable)
+
+
 # -- geometries ----------------------------------------------------------------------------------
 
 torch.manual_seed(0)
@@ -59,24 +65,39 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_full_rank_computes_the_layer(method, geometry):
+APPLYING = [
+    (method, name)
+    for name, (layer, _) in GEOMETRIES.items()
+    for method in methods_for(layer.weight.shape)
+]
+OTHERS = [pair for pair in itertools.product(METHODS, GEOMETRIES) if pair not in APPLYING]
+
+
+def at_full_rank(method: str, geometry: str) -> tuple[nn.Module, torch.Tensor, Graph, Any]:
     layer, sizes = GEOMETRIES[geometry]
     x = torch.randn(2, layer.in_channels, *sizes)
     model = nn.Sequential(layer, nn.ReLU()).eval()
-    one = LowRank(method, rank=1.0, groups=3 - layer.groups if layer.groups < 3 else 1,
-                  only_faster=False)  # fmt: skip
-    graph, report = applied(model, x, one)
+    one = LowRank(method, rank=1.0, groups=3 - layer.groups, only_faster=False)
+    return model, x, *applied(model, x, one)
+
+
+@pytest.mark.parametrize(("method", "geometry"), APPLYING)
+def test_full_rank_computes_the_layer(method, geometry):
+    model, x, graph, report = at_full_rank(method, geometry)
     with torch.no_grad():
-        assert relative(reference.run(graph, [x])[0], model(x)) < 1e-5
-    if not report.rows:
-        assert re.search("stays: .*(more than one tap|rows and columns|make no)", str(report))
-        return
+        assert relative(reference.run(graph, [x])[0], model(x)) < 1e-6
     assert report.rows[0][6] == macs_of(graph)
     assert report.rows[0][4] == sum(
         math.prod(value.shape) for value in graph.constants if value.name.endswith("weight")
     )
+
+
+@pytest.mark.parametrize(("method", "geometry"), OTHERS)
+def test_layers_to_which_a_method_does_not_apply_stay(method, geometry):
+    model, x, graph, report = at_full_rank(method, geometry)
+    assert graph.to_text() == graphopt.trace(model, x).to_text()
+    assert report.rows == ()
+    assert re.search("stays: .*(more than one tap|rows and columns)", str(report))
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(7, 9), nn.Linear(9, 7, bias=False)])
@@ -107,7 +128,7 @@ def test_the_error_of_a_layer_is_the_tail_of_its_singular_values():
     graph, report = applied(nn.Sequential(layer), x, LowRank("svd", rank=3, only_faster=False))
     values = torch.linalg.svdvals(layer.weight.detach().double().flatten(1))
     tail = (values[3:].square().sum() / values.square().sum()).sqrt().item()
-    assert report.rows[0][7] == pytest.approx(tail, abs=1e-6)
+    assert report.rows[0][7] == pytest.approx(tail, abs=1e-12)
     first, second = (graph.value(f"0.{place}.weight").constant for place in (0, 1))
     product = torch.einsum("or,rihw->oihw", second.flatten(1), first)
     assert relative(product, layer.weight.detach()) == pytest.approx(tail, abs=1e-6)
@@ -342,11 +363,7 @@ def test_a_budget_of_multiply_adds_is_met(method, share):
 
 def test_a_budget_of_parameters_is_met():
     graph, _ = applied(network(), X, LowRank(parameters=0.4, only_faster=False))
-
-    def parameters(graph):
-        return sum(math.prod(value.shape) for value in graph.constants if value.trainable)
-
-    assert parameters(graph) <= 0.4 * parameters(graphopt.trace(network(), X))
+    assert parameters_of(graph) <= 0.4 * parameters_of(graphopt.trace(network(), X))
 
 
 @pytest.mark.parametrize("speedup", [1.2, 2.0, 3.0])
@@ -365,11 +382,7 @@ def test_budgets_of_several_costs_are_met_together():
     graph, _ = applied(network(), X, one, target=target)
     assert macs_of(graph) <= 0.45 * macs_of(before)
     assert by_macs(graph) <= by_macs(before) / 1.5
-
-    def parameters(graph):
-        return sum(math.prod(value.shape) for value in graph.constants if value.trainable)
-
-    assert parameters(graph) <= 0.35 * parameters(before)
+    assert parameters_of(graph) <= 0.35 * parameters_of(before)
 
 
 def test_a_larger_budget_has_a_smaller_error():
