@@ -7,7 +7,9 @@ that are computed in float64 and stored in the layer's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -171,8 +173,8 @@ def _put(graph: Graph, node: Node, name: str, tensor: Tensor) -> None:
 
 def per_dimension(setting: object, dimensions: int) -> list[int]:
     """A setting with one number per dimension, or one for all, as a number per dimension."""
-    items = list(setting) if isinstance(setting, (list, tuple)) else [setting]
-    return items * dimensions if len(items) == 1 else items
+    items = cast("Sequence[int]", setting if isinstance(setting, (list, tuple)) else [setting])
+    return list(items) * dimensions if len(items) == 1 else list(items)
 
 
 def _always(setting: object, number: int) -> bool:

@@ -33,8 +33,7 @@ def test_zero_is_exact_and_ranges_are_covered(a: float, b: float, dtype: torch.d
     x = torch.tensor([0.0, low, high])
     back = dequantize(quantize(x, *tail), *tail)
     assert back[0] == 0
-    if high - low > 1e-20:
-        assert (back - x).abs().max() <= scale * 1.01
+    assert (back - x).abs().max() <= 0.501 * scale  # half a step, and rounding in float32
 
 
 def test_a_clamp_before_it_covers_all_steps() -> None:
@@ -61,7 +60,7 @@ def test_dead_and_tiny_channels(format: WeightFormat) -> None:
     assert (scale >= TINY).all()
     back = format.nearest(weight, scale).float() * format.expand(scale, weight)
     assert (back[0] == 0).all()
-    assert back[2, 0] == pytest.approx(3.0, rel=0.15)
+    assert back[2, 0] == pytest.approx(3.0)
     assert back.isfinite().all()
 
 
@@ -77,7 +76,7 @@ def test_groups_of_four_bits_have_their_own_scales() -> None:
     scale = format.scales(weight)
     assert scale.shape == (2, 2)
     back = dequantize(format.nearest(weight, scale), scale, None, 1, -7, 7, torch.int8, 3)
-    torch.testing.assert_close(back, weight, rtol=0.01, atol=0)
+    torch.testing.assert_close(back, weight, rtol=1e-6, atol=0)
 
 
 def test_clipping_four_bits_is_no_worse_than_the_whole_range() -> None:
@@ -100,4 +99,4 @@ def test_a_bias_always_fits() -> None:
     assert widened[1] == scale[1]
     steps = bias_steps(bias, widened * x)
     assert steps.abs().max() <= BIAS_LIMIT
-    torch.testing.assert_close(steps * (widened * x), bias, rtol=1e-3, atol=0)
+    torch.testing.assert_close(steps * (widened * x), bias, rtol=1e-6, atol=0)
