@@ -13,13 +13,14 @@ from graphopt import reference
 from graphopt.calibration import CalibrationData
 from graphopt.errors import PassError
 from graphopt.ir import Graph, Node, Value
-from graphopt.pass_report import PassReport
 from graphopt.passes.layer_choice import as_patterns, chosen
 from graphopt.passes.pruning.allocation import choose_levels
 from graphopt.passes.pruning.channel_groups import ChannelGroup, Member, find_groups
 from graphopt.passes.pruning.channel_removal import mask_units, remaining_macs, remove_units
+from graphopt.passes.pruning.channel_report import groups_report, layers_report
 from graphopt.passes.pruning.criteria import Criterion, CriterionContext, find_criterion
 from graphopt.passes.pruning.layers_to_prune import prunable_layers
+from graphopt.passes.pruning.pruning_report import Before
 from graphopt.passes.pruning.sensitivity import few_samples, relative_error
 from graphopt.passes.pruning.statistics import Statistics
 from graphopt.pipeline import Context
@@ -55,19 +56,10 @@ def prune_channels(options: Prune, graph: Graph, ctx: Context) -> bool:
     scores = _scores(options, criterion, graph, groups, ctx)
     choice = _choice(options, criterion, graph, scores, ctx)
     removal = _within_budget(options, graph, choice, ctx)
-    before = totals(graph)
-    kept = {group: group.units - len(removal[group]) for group in groups}
+    before = Before(graph, prunable_layers(graph, depthwise=True)[0])
     remove_units(graph, removal)
-    after = totals(graph)
-    rows = [(g.name, g.units, g.channels_per_unit, kept[g], 1 - kept[g] / g.units) for g in groups]
-    remarks = (
-        f"MACs: {before.macs:,} before, {after.macs:,} after; parameters: "
-        f"{before.parameters:,} before, {after.parameters:,} after",
-        *(f"left alone: {text}" for text in left),
-    )
-    title = f"prune: {options.granularity}, {criterion.name}, {options.allocation}"
-    columns = ("group", "units", "channels per unit", "kept", "sparsity")
-    ctx.report(PassReport(title, columns, tuple(rows), remarks))
+    ctx.report(groups_report(before, graph, options, removal, left))
+    ctx.report(layers_report(before, graph, options, removal, ctx))
     return any(removal.values())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.types import Type
-from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
+from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS, is_transposed
 from graphopt.passes.pruning.axes import Axis, Channels
 from graphopt.passes.pruning.coupling import Components, Coupling, Source
 from graphopt.passes.pruning.coupling_rules import couple
@@ -253,8 +253,7 @@ class _Catalogue:
         return tuple(members), min(makers, key=lambda maker: maker.place, default=None)
 
     def _maker(self, node: Node, slices: Channels) -> _Maker:
-        transposed = node.op in TRANSPOSED_CONVOLUTIONS or node.operands.get("transposed")
-        in_each_group = node["groups"] if transposed else 1  # a slice is a channel of each
+        in_each_group = node["groups"] if is_transposed(node) else 1  # a slice is a channel of each
         path = node.origin.module or node.name
         return _Maker(path, self._places[node], slices, len(slices) * in_each_group)
 

@@ -14,7 +14,7 @@ from graphopt.flops import count_flops
 from graphopt.ir import Graph, Node, TensorType, Value
 from graphopt.ir.operators import resolve
 from graphopt.passes.arithmetic import DIVISIONS
-from graphopt.passes.layers import TRANSPOSED_CONVOLUTIONS
+from graphopt.passes.layers import is_transposed
 from graphopt.passes.pruning.channel_groups import ChannelGroup, uses
 from graphopt.passes.pruning.coupling_rules_layers import MATRIX_PRODUCTS
 from graphopt.passes.pruning.remaining_sizes import Remaining, rewrite_sizes
@@ -86,8 +86,7 @@ def _factors(node: Node) -> Iterator[tuple[Value, int]]:
     weight = node.operands.get("weight")
     if weight is not None:
         yield weight, 1
-        transposed = node.op in TRANSPOSED_CONVOLUTIONS or node.operands.get("transposed")
-        whole = node["input"] if transposed else whole
+        whole = node["input"] if is_transposed(node) else whole
     elif node.op in MATRIX_PRODUCTS:
         first = node[MATRIX_PRODUCTS[node.op][0]]
         yield first, first.rank - 1

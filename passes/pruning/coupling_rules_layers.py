@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt.ir import Node, Value
-from graphopt.passes.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from graphopt.passes.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_transposed
 from graphopt.passes.pruning.axes import Axis
 from graphopt.passes.pruning.coupling import Axes, Coupling, Rule, describe
 from graphopt.passes.pruning.coupling_rules_elementwise import broadcast
@@ -55,9 +55,7 @@ def _is_weight(value: Value) -> bool:
 def _convolution(c: Coupling, node: Node) -> list[Axes]:
     x, weight = c.axes[node["input"]], c.axes[node["weight"]]
     place = len(x) - (len(weight) - 1)  # of the channels
-    transposed = node.op in TRANSPOSED_CONVOLUTIONS
-    if node.op == "aten.convolution":
-        transposed = bool(node["transposed"])
+    transposed = is_transposed(node)
     for axis in (*x[place + 1 :], *weight[2:]):
         c.pin(axis, f"{describe(node)} slides its kernel over it")
     groups = node["groups"]

@@ -13,7 +13,9 @@ from graphopt.errors import PassError
 from graphopt.ir import Graph
 from graphopt.pass_report import PassReport
 from graphopt.passes.layer_choice import as_patterns, chosen
+from graphopt.passes.pruning.channel_report import size_remark
 from graphopt.passes.pruning.criteria import INFLUENCE, CriterionContext, find_criterion
+from graphopt.passes.pruning.layer_times import Times
 from graphopt.passes.pruning.layers_to_prune import prunable_layers
 from graphopt.passes.pruning.residual_blocks import (
     ResidualBlock,
@@ -51,19 +53,17 @@ def prune_depth(options: Prune, graph: Graph, ctx: Context) -> bool:
     scores = _scores(options, graph, blocks, ctx)
     order: list[int] = scores.argsort(stable=True).tolist()
     gone = order[: _count(options, graph, [blocks[k] for k in order], ctx)]
-    before = totals(graph)
+    before = graph.clone()
     remove_blocks(graph, [blocks[k] for k in gone])
-    after = totals(graph)
     rows = tuple(
         (block.name, float(scores[k]), "removed" if k in gone else "kept")
         for k, block in enumerate(blocks)
     )
-    remarks = (
-        f"MACs: {before.macs:,} before, {after.macs:,} after; parameters: "
-        f"{before.parameters:,} before, {after.parameters:,} after",
-    )
+    remarks = [size_remark(before, graph)]
+    if options.wants_times:
+        remarks.append(str(Times({}, (ctx.target.time(before), ctx.target.time(graph)))))
     title = f"prune: residual blocks, {find_criterion(options.criterion).name}"
-    ctx.report(PassReport(title, ("block", "importance", "result"), rows, remarks))
+    ctx.report(PassReport(title, ("block", "importance", "result"), rows, tuple(remarks)))
     return bool(gone)
 
 

@@ -14,7 +14,7 @@ from graphopt.flops import count_flops
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.operators import resolve
 from graphopt.ir.weights import Weight
-from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
+from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS, is_transposed
 
 EMBEDDING = "aten.embedding"
 PRUNABLE = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR, EMBEDDING, "aten.convolution"}
@@ -45,7 +45,7 @@ class PrunableLayer:
 
     @property
     def is_transposed(self) -> bool:
-        return _is_transposed(self.node)
+        return is_transposed(self.node)
 
     @property
     def groups(self) -> int:
@@ -62,9 +62,20 @@ class PrunableLayer:
         return self.groups > 1 and self.taps(self.weight.tensor).shape[2] == 1
 
     @property
+    def macs(self) -> int:
+        """Multiply-adds at the example's sizes, as if there were no zeros."""
+        return sum(count_flops(node) for node in self.products) // 2
+
+    @property
     def macs_per_weight(self) -> float:
         """Multiply-adds that each element of the weight takes part in, at the example's sizes."""
-        return sum(count_flops(node) for node in self.products) / 2 / self.weight.tensor.numel()
+        return self.macs / self.weight.tensor.numel()
+
+    def twin(self, graph: Graph) -> PrunableLayer:
+        """The layer in a clone of its graph, or with the weight that it has now in its own."""
+        made = (graph.value(node.output.name).producer for node in self.nodes)
+        nodes = tuple(node for node in made if node is not None)
+        return PrunableLayer(self.name, nodes, graph.weight(nodes[0]))
 
     def taps(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as [groups, output channels, input channels, taps], the
@@ -158,15 +169,9 @@ def _obstacle(value: Value, nodes: list[Node], ignored: Collection[Node]) -> str
         return f"its weight is also used by {user}"
     if any(list(node.input_values()).count(value) > 1 for node in nodes):
         return "its weight is more than one operand of it"
-    if len({(_groups(node), _is_transposed(node)) for node in nodes}) > 1:
+    if len({(_groups(node), is_transposed(node)) for node in nodes}) > 1:
         return "it shares its weight with a layer of another kind"
     return None
-
-
-def _is_transposed(node: Node) -> bool:
-    return node.op in TRANSPOSED_CONVOLUTIONS or (
-        node.op == "aten.convolution" and bool(node["transposed"])
-    )
 
 
 def _groups(node: Node) -> int:

@@ -20,6 +20,7 @@ from graphopt.passes.pruning.criteria import INFLUENCE, Criterion, ScoreFunction
 from graphopt.passes.pruning.depth_front import RESIDUAL_BLOCK, prune_depth
 from graphopt.passes.pruning.granularity import Granularity, Pattern, parse_granularity
 from graphopt.passes.pruning.layer_by_layer import prune_layer_by_layer
+from graphopt.passes.pruning.layer_times import measure, time_layers
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer, prunable_layers
 from graphopt.passes.pruning.masks import ScoredLayers
 from graphopt.passes.pruning.pruning_report import Before, pruning_report
@@ -29,7 +30,6 @@ from graphopt.passes.pruning.time_budget import (
     TimedChoice,
     TimeTable,
     sparsities_for_speedup,
-    time_layers,
 )
 from graphopt.pipeline import Context, register_pass
 from graphopt.report import totals
@@ -91,6 +91,8 @@ class Prune:
             it give, and makes up for their errors; otherwise those of the dense network.
         damping: for ``"hessian"``: fraction of the mean of the diagonal that is added to it; the
             fewer data, the more.
+        measure: time the network and its layers before and after, for the report; the largest
+            layers first, for about a minute. With ``speedup`` they are timed anyway.
 
     Raises:
         PassError: when it is made, if options are out of range or contradict each other, or data
@@ -114,6 +116,7 @@ class Prune:
     depthwise: bool = False
     sequential: bool = True
     damping: float = 0.1
+    measure: bool = False
 
     def __post_init__(self) -> None:
         as_patterns(self.ignore)
@@ -131,6 +134,8 @@ class Prune:
         self._check_data(criterion)
         if criterion is INFLUENCE and self.granularity != RESIDUAL_BLOCK:
             raise PassError("criterion='influence' goes with granularity='residual-block'")
+        if not isinstance(self.measure, bool):
+            raise PassError(f"measure is {self.measure!r}; it must be True or False")
         if not (isinstance(self.damping, (int, float)) and self.damping > 0):
             raise PassError(f"the damping {self.damping!r} is no positive number")
 
@@ -186,6 +191,8 @@ class Prune:
 
     def run(self, graph: Graph, ctx: Context) -> bool:
         """Prune a graph in place. Returns whether any weight changed."""
+        if self.measure:
+            ctx.target.time(graph)  # where there is no timer it fails now, not after the work
         if self.granularity in STRUCTURED:
             return prune_channels(self, graph, ctx)
         if self.granularity == RESIDUAL_BLOCK:
@@ -196,18 +203,25 @@ class Prune:
         before, version = Before(graph, layers), graph.version
         statistics = Statistics(graph, layers, data, self.loss, ctx)
         scored = ScoredLayers(layers, granularity, criterion, statistics, ctx.generator)
-        timed = None
+        times = None
         if self.speedup is not None:
             timed = self._timed(graph, scored, data, ctx)
-            sparsities = timed.sparsities
+            sparsities, times = timed.sparsities, timed.times
         elif self.threshold is not None:
             sparsities = {layer: scored.below(layer, self.threshold) for layer in layers}
         else:
             sparsities = self._allocated(graph, scored, data, ctx)
         with graph.edit():
             self._apply(graph, scored, sparsities, data, ctx)
-        ctx.report(pruning_report(before, self, sparsities, left, timed))
+        if self.wants_times and times is None:
+            times = measure(before.graph, graph, before.and_now(graph), ctx)
+        ctx.report(pruning_report(before, graph, self, sparsities, left, times))
         return graph.version != version
+
+    @property
+    def wants_times(self) -> bool:
+        """Whether the report is to have measured times."""
+        return self.measure or self.speedup is not None
 
     def _layers(
         self, graph: Graph, granularity: Granularity

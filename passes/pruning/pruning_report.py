@@ -6,18 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from graphopt import reference
-from graphopt.calibration import CalibrationData, Observer, observe
-from graphopt.ir import Graph, Node, Value
+from graphopt.ir import Graph
 from graphopt.pass_report import PassReport
-from graphopt.passes.pruning.layers_to_prune import EMBEDDING, PrunableLayer
-from graphopt.passes.pruning.sensitivity import relative_error
+from graphopt.passes.pruning.layer_errors import error_remark, output_errors, readable_again
+from graphopt.passes.pruning.layer_times import TIME_COLUMNS, Times, remarks_on
+from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 
 if TYPE_CHECKING:
     from graphopt.passes.pruning.prune import Prune
-    from graphopt.passes.pruning.time_budget import TimedChoice
 
 
 class Before:
@@ -26,63 +23,72 @@ class Before:
     Args:
         graph: kept as a copy; the tensors are shared.
         layers: those that may be pruned.
+
+    Attributes:
+        graph: the copy.
+        layers: those of the copy.
     """
 
     def __init__(self, graph: Graph, layers: Sequence[PrunableLayer]) -> None:
         self.graph = graph.clone()
-        self.layers = list(layers)
-        self.weights = {layer: layer.weight.tensor for layer in layers}
+        self.layers = [layer.twin(self.graph) for layer in layers]
 
-
-def now_of(layer: PrunableLayer) -> Tensor:
-    """The weight that a layer has now."""
-    return layer.node.graph.weight(layer.node).tensor
+    def and_now(self, graph: Graph) -> list[tuple[PrunableLayer, PrunableLayer]]:
+        """Each layer as it was, and as it is in the pruned graph."""
+        return [(layer, layer.twin(graph)) for layer in self.layers]
 
 
 def pruning_report(
     before: Before,
+    graph: Graph,
     options: Prune,
     sparsities: Mapping[PrunableLayer, float],
     left: Mapping[str, str],
-    timed: TimedChoice | None,
+    times: Times | None,
 ) -> PassReport:
     """Report on a pruned graph.
 
     Args:
         before: as it was.
+        graph: as it is.
         options: what was asked.
         sparsities: fraction of the weights that were not zero, asked per layer.
         left: why other layers were left alone.
-        timed: what was measured, if anything was.
+        times: what was measured, if anything was.
     """
-    data = options.data
-    if data is not None and iter(data) is data:  # a generator, and read already
-        data = None
-    errors = _errors(before, data)
+    data = readable_again(options.data)
+    layers = before.and_now(graph)
+    errors = output_errors(before.graph, layers, data)
+    asked_of = {layer.name: sparsity for layer, sparsity in sparsities.items()}
     columns = ["layer", "weights", "asked", "sparsity", "error", "MACs before", "MACs after"]
     columns += ["bytes before", "bytes after"]
-    if timed is not None:
-        columns += ["ms before", "ms after"]
+    columns += TIME_COLUMNS if times is not None else []
     rows = []
-    for layer in before.layers:
-        old, new = before.weights[layer], now_of(layer)
-        zeros, size = int((old == 0).sum()), old.numel()
-        asked = 1 - (1 - zeros / size) * (1 - sparsities[layer])
-        kept = [size - zeros, int(torch.count_nonzero(new))]
-        item = layer.weight.constant.dtype.itemsize
-        row: list[str | float | None] = [layer.name, size, asked, 1 - kept[1] / size]
-        row += [errors[layer], *(round(layer.macs_per_weight * k) for k in kept)]
+    for old, new in layers:
+        size = old.weight.tensor.numel()
+        kept = [int(torch.count_nonzero(layer.weight.tensor)) for layer in (old, new)]
+        asked = 1 - kept[0] / size * (1 - asked_of[old.name])
+        row: list[str | float | None] = [old.name, size, asked, 1 - kept[1] / size]
+        row += [errors[old.name], *(round(old.macs_per_weight * k) for k in kept)]
+        item = old.weight.constant.dtype.itemsize
         row += [_stored_bytes(k, size, item) for k in kept]
-        if timed is not None:
-            row += [1e3 * seconds for seconds in timed.layer_seconds[layer]]
+        row += times.row(old.name) if times is not None else []
         rows.append(row)
-    remarks = _remarks(left, data, timed)
-    return PassReport(_title(before, options), tuple(columns), tuple(rows), remarks)
+    weights = sum(old.weight.tensor.numel() for old, _ in layers)
+    kept_weights = sum(int(torch.count_nonzero(new.weight.tensor)) for _, new in layers)
+    title = f"{_title(options)}: {1 - kept_weights / weights:.2%} of {weights:,} weights are zero"
+    return PassReport(title, tuple(columns), tuple(rows), _remarks(left, data, times))
 
 
-def _title(before: Before, options: Prune) -> str:
-    weights = sum(old.numel() for old in before.weights.values())
-    kept = sum(int(torch.count_nonzero(now_of(layer))) for layer in before.layers)
+def left_alone(reasons: Mapping[str, str]) -> list[str]:
+    """Remarks on what was left alone, given the reasons by name."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"left alone: {', '.join(names)}: {why}" for why, names in by_reason.items()]
+
+
+def _title(options: Prune) -> str:
     criterion = options.criterion
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "own")
     how = options.allocation
@@ -90,67 +96,19 @@ def _title(before: Before, options: Prune) -> str:
         how = f"threshold {options.threshold:g}"
     elif options.speedup is not None:
         how = f"{options.speedup:g} times as fast"
-    return (
-        f"prune: {options.granularity}, {name}, {how}: "
-        f"{1 - kept / weights:.2%} of {weights:,} weights are zero"
-    )
+    return f"prune: {options.granularity}, {name}, {how}"
 
 
 def _remarks(
-    left: Mapping[str, str], data: Iterable[Any] | None, timed: TimedChoice | None
+    left: Mapping[str, str], data: Iterable[Any] | None, times: Times | None
 ) -> tuple[str, ...]:
-    inputs = "inputs of the first batch" if data is not None else "white inputs"
-    remarks = [
-        f"error: of the layer's output, relative, for {inputs} of the network as it was",
+    return (
+        error_remark(data),
         "bytes: non-zero weights and a bit for each place; without zeros, all weights",
-    ]
-    if timed is not None:
-        before, after = (1e3 * seconds for seconds in timed.seconds)
-        remarks.append(
-            f"the whole network: {before:.4g} ms before, {after:.4g} ms after, "
-            f"{timed.speedup:.2f} times as fast"
-        )
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        by_reason.setdefault(reason, []).append(name)
-    remarks += [f"left alone: {', '.join(names)}: {why}" for why, names in by_reason.items()]
-    return tuple(remarks)
+        *remarks_on(times),
+        *left_alone(left),
+    )
 
 
 def _stored_bytes(nonzeros: int, size: int, item: int) -> int:
     return size * item if nonzeros == size else nonzeros * item + -(-size // 8)
-
-
-def _errors(before: Before, data: Iterable[Any] | None) -> dict[PrunableLayer, float]:
-    """Per layer, the root of the relative squared error of its output."""
-    if data is None:
-        return {
-            layer: relative_error([now_of(layer)], [old]) ** 0.5
-            for layer, old in before.weights.items()
-        }
-    squares: dict[PrunableLayer, float] = {}
-
-    def comparison(layer: PrunableLayer, old: Node) -> Observer:
-        def compare(x: Tensor) -> None:
-            exact = _output(old, x, before.weights[layer])
-            squares[layer] = relative_error([_output(layer.node, x, now_of(layer))], [exact])
-
-        return compare
-
-    observers: list[tuple[Value, Observer]] = []
-    for layer in before.layers:
-        old = before.graph.value(layer.node.output.name).producer
-        assert old is not None
-        observers.append((_input(old), comparison(layer, old)))
-    observe(before.graph, CalibrationData(data, limit=1), observers)
-    return {layer: square**0.5 for layer, square in squares.items()}
-
-
-def _input(node: Node) -> Value:
-    value: Value = node["indices"] if node.op == EMBEDDING else node["input"]
-    return value
-
-
-def _output(node: Node, x: Tensor, weight: Tensor) -> Any:
-    given = {value: value.constant for value in node.input_values()}
-    return reference.evaluate(node, {**given, _input(node): x, node["weight"]: weight})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.ir import Graph, Node, Operand, Value
-from graphopt.passes.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from graphopt.passes.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_transposed
 from graphopt.passes.pruning.axes import Axis, Sizes, kept_ranges
 from graphopt.passes.pruning.coupling_rules_views import slice_bounds
 
@@ -141,10 +141,7 @@ def _select(graph: Graph, node: Node, left: Remaining) -> None:
 def _convolution(graph: Graph, node: Node, left: Remaining) -> None:
     if node["groups"] == 1:
         return
-    transposed = node.op in TRANSPOSED_CONVOLUTIONS
-    if node.op == "aten.convolution":
-        transposed = bool(node["transposed"])
-    side = node.output if transposed else node["input"]
+    side = node.output if is_transposed(node) else node["input"]
     place = len(left.axes[side.name]) - (len(left.axes[node["weight"].name]) - 1)
     groups = left.sizes(side, place)[0] // left.sizes(node["weight"], 1)[0]
     graph.set_operand(node, "groups", groups)

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from graphopt.errors import PassError
-from graphopt.ir import Graph, Node, TensorType, Value
-from graphopt.ir.inference import map_operand
+from graphopt.ir import Graph
 from graphopt.passes.pruning.allocation import choose_levels
+from graphopt.passes.pruning.layer_times import Times
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.pipeline import Context
 
@@ -36,17 +35,15 @@ class TimedChoice:
 
     Attributes:
         sparsities: per layer.
-        layer_seconds: per layer, alone: dense, and at its sparsity.
-        seconds: of the whole network: as it was, and with the sparsities.
+        times: dense, and with these sparsities.
     """
 
     sparsities: dict[PrunableLayer, float]
-    layer_seconds: dict[PrunableLayer, tuple[float, float]]
-    seconds: tuple[float, float]
+    times: Times
 
     @property
     def speedup(self) -> float:
-        return self.seconds[0] / self.seconds[1]
+        return self.times.speedup
 
 
 @dataclass(frozen=True)
@@ -75,56 +72,6 @@ class TimeTable:
         )
 
 
-def time_layers(
-    layers: Sequence[PrunableLayer],
-    levels: Sequence[float],
-    pruned: Callable[[PrunableLayer, float], Tensor],
-    ctx: Context,
-) -> dict[PrunableLayer, list[float]]:
-    """Seconds of every layer alone at every sparsity; layers that are the same problem, of the
-    same shapes and settings, are timed once.
-
-    Args:
-        layers: which.
-        levels: sparsities.
-        pruned: a layer's weight at a sparsity.
-        ctx: has the timer, and shows the progress.
-    """
-    known: dict[str, list[float]] = {}
-    for layer in ctx.track(layers, "timing layers"):
-        key = _problem(layer)
-        if key not in known:
-            known[key] = [
-                sum(ctx.target.time(fragment(node, pruned(layer, level))) for node in layer.nodes)
-                for level in levels
-            ]
-    return {layer: known[_problem(layer)] for layer in layers}
-
-
-def fragment(node: Node, weight: Tensor) -> Graph:
-    """A graph of one layer alone, with another weight. All its sizes are fixed.
-
-    A quantized layer is taken as if it were not; the time of the whole network puts that right.
-    """
-    graph = Graph()
-    made: dict[Value, Value] = {}
-
-    def twin(leaf: object) -> object:
-        if not isinstance(leaf, Value):
-            return leaf
-        if leaf is node["weight"]:
-            made.setdefault(leaf, graph.constant(weight, "weight"))
-        elif leaf.constant is not None:
-            made.setdefault(leaf, graph.constant(leaf.constant, leaf.name))
-        elif isinstance(leaf.type, TensorType):
-            made.setdefault(leaf, graph.add_input(leaf.name, leaf.type))
-        return made[leaf]
-
-    operands = {name: map_operand(operand, twin) for name, operand in node.operands.items()}
-    graph.set_outputs(graph.add_node(node.op, **operands).outputs)
-    return graph
-
-
 def sparsities_for_speedup(
     graph: Graph,
     table: TimeTable,
@@ -151,7 +98,7 @@ def sparsities_for_speedup(
     least, most = sum(map(min, seconds)), sum(own[0] for own in seconds)
     slow, fast = _Trial(most, 1.0), None
     best: TimedChoice | None = None
-    budget = max(least, most - graph_seconds(graph, ctx) * (1 - 1 / speedup))
+    budget = max(least, most - ctx.target.time(graph) * (1 - 1 / speedup))
     for _ in ctx.track(range(ROUNDS), "meeting the time budget"):
         places = choose_levels(errors, seconds, budget)
         sparsities = {la: fine.levels[k] for la, k in zip(layers, places, strict=True)}
@@ -169,11 +116,11 @@ def sparsities_for_speedup(
         budget = _next_budget(slow, fast, least, speedup)
     assert best is not None
     if _miss(best, speedup) > TOLERANCE:
+        before, after = (1e3 * seconds for seconds in best.times.network)
         raise PassError(
             f"a speed-up of {speedup:g} cannot be reached: the best that sparse layers reach is "
-            f"{best.speedup:.2f} ({1e3 * best.seconds[0]:.3g} ms before, "
-            f"{1e3 * best.seconds[1]:.3g} ms after); ask for less, ignore fewer layers, or prune "
-            "channels"
+            f"{best.speedup:.2f} ({before:.3g} ms before, {after:.3g} ms after); ask for less, "
+            "ignore fewer layers, or prune channels"
         )
     return best
 
@@ -204,28 +151,21 @@ def _measure(
     ctx: Context,
 ) -> TimedChoice:
     """Time the network as it is and with sparsities, one right after the other."""
-    before = graph_seconds(graph, ctx)
+    before = ctx.target.time(graph)
     weights = {layer: pruned(layer, s) for layer, s in sparsities.items() if s > 0}
-    after = graph_seconds(_with_weights(graph, weights), ctx)
+    after = ctx.target.time(_with_weights(graph, weights))
     alone = {
-        layer: (table.seconds[layer][0], table.seconds[layer][table.levels.index(sparsity)])
+        layer.name: (table.seconds[layer][0], table.seconds[layer][table.levels.index(sparsity)])
         for layer, sparsity in sparsities.items()
     }
-    return TimedChoice(sparsities, alone, (before, after))
-
-
-def graph_seconds(graph: Graph, ctx: Context) -> float:
-    """Seconds of a network."""
-    return ctx.target.time(graph)
+    return TimedChoice(sparsities, Times(alone, (before, after)))
 
 
 def _with_weights(graph: Graph, weights: Mapping[PrunableLayer, Tensor]) -> Graph:
     """A copy of the graph in which layers have other weights."""
     copy = graph.clone()
-    twins = dict(zip(graph.nodes, copy.nodes, strict=True))
     for layer, tensor in weights.items():
-        nodes = tuple(twins[node] for node in layer.nodes)
-        PrunableLayer(layer.name, nodes, copy.weight(nodes[0])).write(tensor)
+        layer.twin(copy).write(tensor)
     return copy
 
 
@@ -236,16 +176,3 @@ def _ascending(errors: Sequence[float]) -> list[float]:
 
 def _miss(choice: TimedChoice, speedup: float) -> float:
     return abs(choice.speedup / speedup - 1)
-
-
-def _problem(layer: PrunableLayer) -> str:
-    """The same for layers that take the same time."""
-    parts = []
-    for node in layer.nodes:
-        operands = {
-            name: map_operand(o, lambda leaf: leaf.type if isinstance(leaf, Value) else leaf)
-            for name, o in node.operands.items()
-        }
-        parts.append(f"{node.op} {operands}")
-    density = int(torch.count_nonzero(layer.weight.tensor))
-    return f"{parts} {density}"

@@ -103,6 +103,31 @@ def test_budgets(allocation: str, fraction: float) -> None:
         assert fraction - 0.12 <= share <= fraction
 
 
+def test_the_report_goes_layer_by_layer() -> None:
+    def time(graph: Graph) -> float:
+        return totals(graph).macs * 1e-9
+
+    ctx = Context(target=Target(time=time, threads=1, vector_bytes=64))
+    graph = residual()
+    dense, (x, _) = graph.clone(), batches(1)[0]
+    pruned(graph, Prune(0.5, granularity="channel", data=[x], measure=True), ctx)
+    report = ctx.reports[-1]
+    rows = {row[0]: dict(zip(report.columns, row, strict=True)) for row in report.rows}
+    first = rows["first"]
+    assert (first["weight before"], first["weight after"]) == ("24x16x3x3", "12x8x3x3")
+    assert (first["bytes before"], first["bytes after"]) == (24 * 16 * 9 * 4, 12 * 8 * 9 * 4)
+    assert first["MACs before"] == 4 * 64 * 24 * 16 * 9 == 4 * first["MACs after"]
+    assert first["ms before"] == pytest.approx(first["MACs before"] * 1e-6)
+    assert first["ms after"] == pytest.approx(first["MACs after"] * 1e-6)
+    # the stem reads all of the input: half of its output is gone, the rest as it was
+    y = functional.conv2d(x, weight(dense, "stem"), dense.value("stem.bias").constant, padding=1)
+    norms = weight(dense, "stem").abs().sum((1, 2, 3)) + 0
+    norms += weight(dense, "second").abs().sum((1, 2, 3))
+    gone = norms <= norms.median()
+    assert rows["stem"]["error"] == pytest.approx(float(y[:, gone].norm() / y.norm()), rel=1e-5)
+    assert any("times as fast" in remark for remark in report.remarks)
+
+
 def test_a_time_budget() -> None:
     def time(graph: Graph) -> float:
         return totals(graph).macs * 1e-9
