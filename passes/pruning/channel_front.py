@@ -18,6 +18,7 @@ from graphopt.passes.pruning.allocation import choose_levels
 from graphopt.passes.pruning.channel_groups import ChannelGroup, Member, find_groups
 from graphopt.passes.pruning.channel_removal import mask_units, remaining_macs, remove_units
 from graphopt.passes.pruning.channel_report import groups_report, layers_report
+from graphopt.passes.pruning.coupling import describe
 from graphopt.passes.pruning.criteria import Criterion, CriterionContext, find_criterion
 from graphopt.passes.pruning.layers_to_prune import prunable_layers
 from graphopt.passes.pruning.pruning_report import Before
@@ -69,11 +70,18 @@ def _groups(
     """The groups that may be pruned, and what is left alone for which reason."""
     found, protected = find_groups(graph, heads=options.granularity == "head")
     left = [str(one) for one in protected]
+    ranked = {layer.weight.constant for layer in prunable_layers(graph, depthwise=True)[0]}
     groups = []
     for group in found:
-        makers = [node for m in group.members if m.makes_channels for node, _ in m.nodes]
-        if any(node in ignored for node in makers):
+        makers = [member for member in group.members if member.makes_channels]
+        nodes = [node for member in makers for node, _ in member.nodes]
+        if any(node in ignored for node in nodes):
             left.append(f"{group.name}: ignored")
+        elif ranked.isdisjoint(member.constant for member in makers):
+            left.append(
+                f"{group.name}: criteria rank the weights of convolutions, linear layers and "
+                f"embeddings, not of {describe(nodes[0])}; the exact passes make layers of products"
+            )
         else:
             groups.append(group)
     if not groups:

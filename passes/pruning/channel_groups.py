@@ -16,6 +16,7 @@ from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
 from graphopt.passes.pruning.axes import Axis, Channels
 from graphopt.passes.pruning.coupling import Components, Coupling, Source
 from graphopt.passes.pruning.coupling_rules import couple
+from graphopt.passes.pruning.coupling_rules_einsum import EINSUM, einsum_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,15 +260,16 @@ class _Catalogue:
 
 
 def uses(constant: Value) -> Iterator[tuple[Node, str]]:
-    """Who uses a constant as which operand, also through a dequantize."""
+    """Who uses a constant as which operand, also through what only scales it."""
     for user in constant.users:
         for name, operand in user.operands.items():
-            if operand is constant:
+            if operand is constant or (isinstance(operand, list) and constant in operand):
                 yield user, name
-                if user.op == "graphopt.dequantize" and name == "x":
+                if _SCALED.get(user.op) == name:
                     yield from uses(user.output)
 
 
+_SCALED = {"graphopt.dequantize": "x", "aten._weight_norm": "v"}
 _OUTPUT_DIMENSIONS = {
     **dict.fromkeys(CONVOLUTIONS, ("weight", 0)),
     **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, ("weight", 1)),
@@ -280,9 +282,24 @@ _OUTPUT_DIMENSIONS = {
 
 
 def _makes(node: Node, operand: str, source: Source) -> bool:
+    if node.op == EINSUM:
+        return _makes_label(node, source)
     if node.op == "aten.convolution":
         return (operand, source.dimension) == ("weight", int(node["transposed"]))
     return _OUTPUT_DIMENSIONS.get(node.op) == (operand, source.dimension)
+
+
+def _makes_label(node: Node, source: Source) -> bool:
+    """Whether a constant's dimension becomes one of the result that no other operand has."""
+    operands, result = einsum_labels(node)
+    for value, labels in zip(node["tensors"], operands, strict=True):
+        producer = value.producer
+        scaled = producer is not None and producer.op in _SCALED
+        origin = producer[_SCALED[producer.op]] if producer is not None and scaled else value
+        if origin is source.constant:
+            label = labels[source.dimension]
+            return label in result and sum(label in own for own in operands) == 1
+    return False
 
 
 def _distinct(makers: list[_Maker]) -> list[str]:

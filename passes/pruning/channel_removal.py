@@ -16,6 +16,7 @@ from graphopt.ir.operators import resolve
 from graphopt.passes.arithmetic import DIVISIONS
 from graphopt.passes.layers import is_transposed
 from graphopt.passes.pruning.channel_groups import ChannelGroup, uses
+from graphopt.passes.pruning.coupling_rules_einsum import EINSUM, einsum_labels
 from graphopt.passes.pruning.coupling_rules_layers import MATRIX_PRODUCTS
 from graphopt.passes.pruning.remaining_sizes import Remaining, rewrite_sizes
 
@@ -87,6 +88,12 @@ def _factors(node: Node) -> Iterator[tuple[Value, int]]:
     if weight is not None:
         yield weight, 1
         whole = node["input"] if is_transposed(node) else whole
+    elif node.op == EINSUM:
+        seen = {}
+        for value, labels in zip(node["tensors"], einsum_labels(node)[0], strict=True):
+            seen.update({label: (value, d) for d, label in enumerate(labels) if value.shape[d] > 1})
+        yield from seen.values()
+        return
     elif node.op in MATRIX_PRODUCTS:
         first = node[MATRIX_PRODUCTS[node.op][0]]
         yield first, first.rank - 1
@@ -189,6 +196,8 @@ def _divides(node: Node, operand: str) -> bool:
     """Whether a zero of an operand would give infinities."""
     if node.op in DIVISIONS:
         return operand == "other"
+    if node.op == "aten._weight_norm":
+        return operand == "v"
     return operand in ("running_mean", "running_var") or (
         node.op == "graphopt.quantize" and operand == "scale"
     )

@@ -14,6 +14,7 @@ from graphopt.passes.pruning.coupling import (
     check_axes,
     describe,
 )
+from graphopt.passes.pruning.coupling_rules_einsum import EINSUM_RULES
 from graphopt.passes.pruning.coupling_rules_elementwise import (
     ELEMENTWISE_RULES,
     is_pointwise,
@@ -22,7 +23,12 @@ from graphopt.passes.pruning.coupling_rules_elementwise import (
 from graphopt.passes.pruning.coupling_rules_layers import LAYER_RULES
 from graphopt.passes.pruning.coupling_rules_views import VIEW_RULES
 
-RULES: dict[str, Rule] = {**ELEMENTWISE_RULES, **VIEW_RULES, **LAYER_RULES}
+RULES: dict[str, Rule] = {
+    **ELEMENTWISE_RULES,
+    **VIEW_RULES,
+    **LAYER_RULES,
+    **EINSUM_RULES,
+}
 """By the operator's name. Other operators that torch declares to be pointwise need none."""
 
 _MOST_ROUNDS = 8

@@ -20,14 +20,14 @@ def broadcast(c: Coupling, node: Node, rank: int, operands: Iterable[Axes]) -> A
     for axes in operands:
         for dimension, axis in enumerate(axes, start=rank - len(axes)):
             so_far = result[dimension]
-            if so_far is None or _is_one(so_far):
+            if so_far is None or is_one(so_far):
                 result[dimension] = axis
-            elif not _is_one(axis):
+            elif not is_one(axis):
                 result[dimension] = c.tie(so_far, axis, node)
     return tuple(axis for axis in result if axis is not None)
 
 
-def _is_one(axis: Axis) -> bool:
+def is_one(axis: Axis) -> bool:
     return all(size == 1 for size in axis.sizes)
 
 

@@ -17,7 +17,7 @@ _KEEPS_ZEROS = frozenset(
     aten.squeeze aten.squeeze.dim aten.squeeze.dims aten.unsqueeze aten.reshape_as aten.view_as
     aten.contiguous aten.clone aten.alias aten.permute aten.transpose.int aten.swapaxes aten.t
     aten.movedim.int aten.expand aten.slice.Tensor aten.select.int aten.cat aten.to.dtype
-    aten.type_as aten.mul.Scalar graphopt.dequantize
+    aten.type_as aten.mul.Scalar graphopt.dequantize aten._weight_norm
     """.split()
 )
 
@@ -39,17 +39,17 @@ def _contract(c: Coupling, node: Node, a: tuple[Value, Axis], b: tuple[Value, Ax
     """A sum over two axes. What is removed must contribute nothing before, too: one of the two is
     a constant, whose slices are zero where they are masked."""
     c.tie(a[1], b[1], node)
-    if not (_is_weight(a[0]) or _is_weight(b[0])):
+    if not (is_weight(a[0]) or is_weight(b[0])):
         c.pin(a[1], f"{describe(node)} sums over it, and neither operand is a weight")
 
 
-def _is_weight(value: Value) -> bool:
+def is_weight(value: Value) -> bool:
     if value.is_constant:
         return True
     producer = value.producer
     if producer is None or producer.op not in _KEEPS_ZEROS:
         return False
-    return all(_is_weight(operand) for operand in producer.input_values() if operand.is_tensor)
+    return all(is_weight(operand) for operand in producer.input_values() if operand.is_tensor)
 
 
 def _convolution(c: Coupling, node: Node) -> list[Axes]:
@@ -62,7 +62,7 @@ def _convolution(c: Coupling, node: Node) -> list[Axes]:
     incoming, outgoing = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
     if groups == 1:
         _contract(c, node, (node["input"], x[place]), (node["weight"], incoming))
-    elif not _is_weight(node["weight"]) or x[place].flat() is None:
+    elif not is_weight(node["weight"]) or x[place].flat() is None:
         for axis in (x[place], weight[0], weight[1]):
             c.pin(axis, f"{describe(node)} has groups and a weight that is computed")
         outgoing = c.fixed(c.sizes(node.output, place), f"{describe(node)} has groups")
@@ -121,7 +121,7 @@ def _matmul(c: Coupling, node: Node) -> list[Axes]:
     left, right = c.axes[a], c.axes[b]
     _contract(c, node, (a, left[-1]), (b, right[-2]))
     batch = broadcast(c, node, node.output.rank - 2, [left[:-2], right[:-2]])
-    if not (_is_weight(a) or _is_weight(b)):
+    if not (is_weight(a) or is_weight(b)):
         for axis in batch:
             c.mark_heads(axis)
     result = (*batch, left[-2], right[-1])
@@ -161,6 +161,20 @@ def _batch_norm(c: Coupling, node: Node) -> list[Axes]:
         out,
         *[c.all_fixed(extra, f"{describe(node)} returns it") for extra in node.outputs[1:]],
     ]
+
+
+def _weight_norm(c: Coupling, node: Node) -> list[Axes]:
+    """A weight of which each slice along a dimension is given a norm: slices can go. Without a
+    part of a slice the rest of it would be scaled up."""
+    v, g, dimension = c.axes[node["v"]], c.axes[node["g"]], node["dim"]
+    reason = f"{describe(node)} normalises over it"
+    for place, axis in enumerate(v):
+        if place != dimension:
+            c.pin(axis, reason)
+    axes = list(c.all_fixed(node.output, reason))
+    if dimension >= 0:
+        axes[dimension] = c.tie(v[dimension], g[dimension], node)
+    return [tuple(axes)]
 
 
 def _layer_norm(c: Coupling, node: Node) -> list[Axes]:
@@ -258,6 +272,7 @@ LAYER_RULES: dict[str, Rule] = {
     **dict.fromkeys(CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {"aten.convolution"}, _convolution),
     **dict.fromkeys(MATRIX_PRODUCTS, _matmul),
     "aten.embedding": _embedding,
+    "aten._weight_norm": _weight_norm,
     "aten.batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm,
     "aten.instance_norm": _batch_norm,

@@ -211,6 +211,27 @@ def _slice(c: Coupling, node: Node) -> list[Axes]:
     return [(*axes[:dimension], part, *axes[dimension + 1 :])]
 
 
+def _slice_scatter(c: Coupling, node: Node) -> list[Axes]:
+    """A part of one tensor is replaced by another: what is replaced goes with what replaces it."""
+    axes, dimension = _axes_and_dimension(c, node)
+    inserted = c.axes[node["src"]]
+    result = [
+        a if place == dimension else c.tie(a, b, node)
+        for place, (a, b) in enumerate(zip(axes, inserted, strict=True))
+    ]
+    flat, new, bounds = axes[dimension].flat(), inserted[dimension].flat(), slice_bounds(node)
+    if flat is None or new is None or bounds is None or node["step"] != 1:
+        reason = f"{describe(node)} replaces parts of it whose places are free, or not neighbours"
+        for axis in (axes[dimension], inserted[dimension]):
+            c.pin(axis, reason)
+        result[dimension] = c.fixed(axes[dimension].sizes, reason)
+    else:
+        start, end = bounds
+        c.tie_channels(flat[start:end], new)
+        result[dimension] = c.row(np.concatenate([flat[:start], new, flat[end:]]))
+    return [tuple(result)]
+
+
 def slice_bounds(node: Node) -> tuple[int, int] | None:
     """Where a slice starts and ends; None if that is computed."""
     size = node["self"].shape[node["dim"] % node["self"].rank]
@@ -345,6 +366,7 @@ VIEW_RULES: dict[str, Rule] = {
         _split,
     ),
     **dict.fromkeys(("aten.slice.Tensor", "aten.narrow"), _slice),
+    "aten.slice_scatter": _slice_scatter,
     "aten.select.int": _select,
     "aten.unbind.int": _unbind,
     "aten.index_select": _index_select,

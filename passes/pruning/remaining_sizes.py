@@ -176,6 +176,7 @@ _RULES: dict[str, Callable[[Graph, Node, Remaining], Any]] = {
     "aten.squeeze": _squeeze,
     "aten.slice.Tensor": _slice,
     "aten.narrow": _slice,
+    "aten.slice_scatter": _slice,
     "aten.select.int": _select,
     **dict.fromkeys(CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {"aten.convolution"}, _convolution),
     "aten.group_norm": _group_norm,

@@ -6,14 +6,24 @@ from collections.abc import Sequence
 
 import torch
 from agreement import largest_error
-from pass_support import random_inputs
+from pass_support import Net, random_inputs
 
 from graphopt import reference
-from graphopt.ir import Graph
+from graphopt.ir import Graph, Value
 from graphopt.passes.pruning.channel_groups import ChannelGroup, find_groups
 from graphopt.passes.pruning.channel_removal import mask_units, remove_units
 
 Removals = dict[ChannelGroup, list[int]]
+
+
+def net(*shape: int) -> Net:
+    return Net(*shape, dtype=torch.float64)
+
+
+def head(n: Net, x: Value) -> Graph:
+    """Global pooling and a linear layer, so that channels can go."""
+    pooled = n("aten.mean.dim", x, [-1, -2]) if x.rank == 4 else x
+    return n.done(n.linear(pooled, 3, name="head"))
 
 
 def all_groups(graph: Graph) -> list[ChannelGroup]:

@@ -169,7 +169,9 @@ def test_multiply_adds_are_foretold() -> None:
     assert remaining_macs(graph, {}) == sum(count_flops(node) for node in graph.nodes) // 2
 
 
-@pytest.mark.parametrize("kind", ["quantized", "constant product", "tokens", "attention"])
+@pytest.mark.parametrize(
+    "kind", ["quantized", "constant product", "Einstein sum", "tokens", "attention"]
+)
 def test_multiply_adds_are_foretold_of_other_layers(kind: str) -> None:
     n = Net(5, 6, dtype=torch.float64)
     x = n("aten.relu", n.linear(n.x, 8))
@@ -177,6 +179,9 @@ def test_multiply_adds_are_foretold_of_other_layers(kind: str) -> None:
         x = n("aten.linear", x, quantized(n, n.random(8, 8), 0))
     elif kind == "constant product":
         x = n("aten.matmul", x, n.random(8, 12))
+    elif kind == "Einstein sum":
+        x = n("aten.einsum", "btc,cho->btho", [x, n.random(8, 3, 4)])
+        x = n("aten.einsum", "btho,oph->btp", [n("aten.tanh", x), n.random(4, 6, 3)])
     elif kind == "tokens":  # a layer over tokens, of which each channel has its own
         x = n("aten.mT", n.linear(n("aten.mT", x), 7))
     else:

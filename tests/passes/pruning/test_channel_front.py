@@ -13,10 +13,10 @@ from torch.nn import functional
 from graphopt import reference
 from graphopt.errors import PassError
 from graphopt.ir import Graph
-from graphopt.passes import Prune
+from graphopt.passes import EXACT, Prune
 from graphopt.passes.pruning.channel_groups import find_groups
 from graphopt.passes.pruning.criteria import CRITERIA
-from graphopt.pipeline import Context
+from graphopt.pipeline import Context, Pipeline
 from graphopt.report import totals
 from graphopt.target import Target
 
@@ -157,6 +157,29 @@ def test_what_is_ignored_keeps_its_channels() -> None:
     assert weight(graph, "stem").shape[0] == 16
     assert weight(graph, "first").shape[0] == 12
     assert any("stem: ignored" in remark for remark in report.remarks)
+
+
+class EinsteinSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 12))
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("bc,cd->bd", torch.relu(self.first(x)), self.weight)
+        result: Tensor = self.last(torch.relu(x))
+        return result
+
+
+def test_channels_that_no_criterion_ranks_are_left_alone() -> None:
+    """Until the exact passes have made a layer of the product."""
+    graph = traced(EinsteinSum(), torch.randn(2, 4))
+    exact = graph.clone()
+    report = pruned(graph, Prune(0.5, granularity="channel"))
+    assert [row[0] for row in report.rows] == ["first"]
+    assert any(r.startswith("left alone: einsum: criteria rank") for r in report.remarks)
+    Pipeline(EXACT).run(exact)
+    assert len(pruned(exact, Prune(0.5, granularity="channel")).rows) == 2
 
 
 class Attention(nn.Module):
