@@ -7,6 +7,7 @@ the whole is measured and the budget corrected until the speed-up is what was as
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ TOLERANCE = 0.1
 """Largest relative difference between the speed-up asked and measured,"""
 AIM = 0.04
 """and the one at which corrections end."""
+TURNS = 3
+"""How often a network is timed as it is and pruned: a single time may be wrong by as much."""
 ROUNDS = 10
 BETWEEN = 4
 """Into how many parts an interval between two timed sparsities is divided."""
@@ -150,10 +153,11 @@ def _measure(
     pruned: Callable[[PrunableLayer, float], Tensor],
     ctx: Context,
 ) -> TimedChoice:
-    """Time the network as it is and with sparsities, one right after the other."""
-    before = ctx.target.time(graph)
+    """Time the network as it is and with sparsities, in turns; the medians."""
     weights = {layer: pruned(layer, s) for layer, s in sparsities.items() if s > 0}
-    after = ctx.target.time(_with_weights(graph, weights))
+    sparse = _with_weights(graph, weights)
+    turns = [(ctx.target.time(graph), ctx.target.time(sparse)) for _ in range(TURNS)]
+    before, after = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
     alone = {
         layer.name: (table.seconds[layer][0], table.seconds[layer][table.levels.index(sparsity)])
         for layer, sparsity in sparsities.items()
