@@ -15,6 +15,7 @@ from graphopt.passes.linear_merging import MergeLinears
 from graphopt.passes.low_rank.low_rank import LowRank
 from graphopt.passes.padding_folding import FoldPadding
 from graphopt.passes.pruning.prune import Prune
+from graphopt.passes.pruning.zeros import keep_zeros
 from graphopt.passes.quantization.batch_norm_reestimation import BatchNormReestimation
 from graphopt.passes.quantization.bias_absorption import HighBiasAbsorption
 from graphopt.passes.quantization.bias_correction import BiasCorrection
@@ -50,6 +51,7 @@ __all__ = [
     "Reconstruction",
     "Simplification",
     "SmoothQuant",
+    "keep_zeros",
 ]
 
 # What `graphopt.optimize` runs before and after the passes that it is given: patterns are looked

@@ -49,6 +49,9 @@ class Prune:
     several share, once. A layer in which the granularity does not fit is left alone, as are
     depthwise convolutions unless asked for; the report says which and why.
 
+    Zeros stay zeros where the network is quantized afterwards, and where it is trained after
+    `graphopt.passes.keep_zeros`.
+
     Exactly one of the five aims is given; with a granularity N:M, none means sparsity 1 - N/M.
 
     Args:
