@@ -171,13 +171,15 @@ def wait_lines(schedule: Schedule) -> list[str]:
     return [f"store({_at(schedule, r, v)}, {name})" for name, r, v in tile_names(schedule)]
 
 
-def product_lines(schedule: Schedule, finish: Sequence[str]) -> list[str]:
+def product_lines(
+    schedule: Schedule, finish: Sequence[str], before: Sequence[str] = ()
+) -> list[str]:
     """Lines that multiply a panel by a stream.
 
     They expect the addresses ``panel``, ``p`` (of the stream) and ``all_sums`` (of the sums that
-    wait, by row group), and ``first_block``, whether there are none yet. ``finish`` are the lines
-    that follow for each row group, with its ``number`` and the address ``sums`` of its own; the
-    sums are in the variables `tile_names`.
+    wait, by row group), and ``first_block``, whether there are none yet. ``before`` and
+    ``finish`` are the lines around each row group, with its ``number`` and the address ``sums`` of
+    its own; at the end the sums are in the variables `tile_names`.
     """
     tile = tile_names(schedule)
     products = []
@@ -193,6 +195,7 @@ def product_lines(schedule: Schedule, finish: Sequence[str]) -> list[str]:
             for row in range(schedule.rows)
         ],
         "products": products,
+        "before": before,
         "finish": finish,
     }
     sizes = {
@@ -217,6 +220,7 @@ while members > 0:
         number = read(p, INT32)
         p += 4
         sums = all_sums + number * ROWS * STEP
+        <before>
         if first_block:
             <zero>
         else:

@@ -21,7 +21,7 @@ from graphopt.kernels.convolution import (
     image_of,
     pack_cycles,
 )
-from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.nonzeros import (
     Schedule,
     pack_streams,
@@ -174,9 +174,32 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
-        "product": product_lines(schedule, fill(_FINISH, end, sizes)),
+        "product": product_lines(
+            schedule, fill(_FINISH, end, sizes), _fetch_lines(schedule, epilogue)
+        ),
     }
     return fill(_BODY, parts, sizes)
+
+
+def _fetch_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
+    """Lines that fetch, while a row group is multiplied, what its epilogue will read.
+
+    That is too little in a row for the CPU to foresee it.
+    """
+    lines = [
+        f"prefetch(e{index} + {row} * e{index}_row + {line * extra.width * LANES})"
+        for index, extra in enumerate(epilogue.extras)
+        if extra.along
+        for row in range(schedule.rows)
+        for line in range(schedule.width + 1)
+    ]
+    if not lines:
+        return []
+    channel = f"channel = group * outputs + number * {schedule.rows}"
+    return [
+        "if block + 1 == blocks:",
+        *indent(1, [channel, *epilogue_starts(epilogue), *lines]),
+    ]
 
 
 _FINISH = """
