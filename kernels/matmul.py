@@ -112,9 +112,11 @@ class MatmulCandidate(Candidate):
 
     def _panels_of(self, b: np.ndarray) -> np.ndarray:
         product, width = self.product, self.tile.width * LANES
-        matrix = b.reshape(b.shape[-2:])
+        # Its batch may have become rows of the product, and these its columns.
         if self.problem.transposed[product.b] != (product.b == 0):
-            matrix = matrix.T
+            matrix = b.reshape(product.columns, product.depth).T
+        else:
+            matrix = b.reshape(product.depth, product.columns)
         vectors = math.ceil(product.columns / LANES)
         packed = aligned_empty((self._panels, product.depth, width), np.float32)
         packed[...] = 0

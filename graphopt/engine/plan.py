@@ -2,7 +2,8 @@
 
 Greedy, after Pisarchyk and Lee, "Efficient memory management for deep neural net inference"
 (2020): largest buffer first, each into the smallest gap that fits among those already placed that
-live at the same time. Where that leaves gaps at the fullest step, other orders are tried.
+live at the same time. Where that leaves gaps at the fullest step, other orders are tried, and then
+those in which the buffer that ended up highest comes first.
 """
 
 from __future__ import annotations
@@ -60,10 +61,7 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
         if lifetime.size < 0 or lifetime.first > lifetime.last:
             raise ValueError(f"buffer {index} has no valid size and lifetime: {lifetime}")
     least = _largest_live_set(lifetimes)
-    offsets, size = _greedy(lifetimes, _ORDERS[0])
-    for order in _ORDERS[1:]:
-        if size > least:
-            offsets, size = min((offsets, size), _greedy(lifetimes, order), key=lambda it: it[1])
+    offsets, size = _place(lifetimes, least)
     plan = MemoryPlan(tuple(offsets), size, least)
     verify_plan(lifetimes, plan)
     return plan
@@ -113,15 +111,36 @@ _ORDERS: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
 """What buffers are placed by, the greatest first."""
 
 
-def _greedy(
-    lifetimes: Sequence[Lifetime], order: Callable[[Lifetime], tuple[int, ...]]
-) -> tuple[list[int], int]:
-    """Offsets, and the size of the arena."""
+_ATTEMPTS = 15
+"""How many orders are tried at most."""
+_CLOSE = 1.05
+"""Times the lower bound: a plan as small as that is not worth the time for more than these."""
+
+
+def _place(lifetimes: Sequence[Lifetime], least: int) -> tuple[list[int], int]:
+    """Offsets, and the size of the arena: the smallest that was found."""
+    found: list[tuple[list[int], int]] = []
+    for key in _ORDERS:
+        order = sorted(range(len(lifetimes)), key=lambda i: key(lifetimes[i]), reverse=True)
+        found.append(_greedy(lifetimes, order))
+        if found[-1][1] <= least:
+            return found[-1]
+    while len(found) < _ATTEMPTS and min(size for _, size in found) > _CLOSE * least:
+        offsets = found[-1][0]
+        highest = max(order, key=lambda i: offsets[i] + _footprint(lifetimes[i]))
+        order.remove(highest)
+        order.insert(0, highest)
+        found.append(_greedy(lifetimes, order))
+    return min(found, key=lambda attempt: attempt[1])
+
+
+def _greedy(lifetimes: Sequence[Lifetime], order: Sequence[int]) -> tuple[list[int], int]:
+    """Offsets, and the size of the arena, if buffers are placed in this order."""
     footprints = [_footprint(lifetime) for lifetime in lifetimes]
     offsets = [0] * len(lifetimes)
     # What was placed, sorted by offset: one row (begin, end, first, last) per buffer.
     placed = np.empty((0, 4), dtype=np.int64)
-    for index in sorted(range(len(lifetimes)), key=lambda i: order(lifetimes[i]), reverse=True):
+    for index in order:
         need, lifetime = footprints[index], lifetimes[index]
         if need == 0:
             continue

@@ -85,6 +85,13 @@ def test_other_orders_where_the_largest_first_leaves_gaps() -> None:
     assert plan.size == plan.lower_bound
 
 
+def test_the_highest_goes_first_where_every_order_leaves_gaps() -> None:
+    # Where the second is at the bottom, the third has to leave a gap that the last does not fit.
+    buffers = [Lifetime(256, 0, 1), Lifetime(256, 4, 6), Lifetime(192, 3, 6), Lifetime(256, 1, 3)]
+    plan = plan_memory(buffers)
+    assert plan.size == plan.lower_bound
+
+
 def test_empty_buffers_take_nothing() -> None:
     assert plan_memory([]).size == 0
     assert plan_memory([Lifetime(0, 0, 5)]) == MemoryPlan((0,), 0, 0)

@@ -107,6 +107,13 @@ def test_batches(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     check_product(plain(*a), plain(*b))
 
 
+@pytest.mark.parametrize(("left", "shared"), [((2, 5, 7), (7, 20)), ((3, 2, 1, 1), (1, 1))])
+def test_a_batch_of_constants_times_one_matrix(
+    left: tuple[int, ...], shared: tuple[int, ...]
+) -> None:
+    check_product(constant(left), plain(*shared))
+
+
 def test_attention() -> None:
     """Heads of queries and keys as they come out of a linear layer, not moved in memory."""
     heads = Layout("float32", (0, 2, 1, 3))
