@@ -8,7 +8,8 @@ those in which the buffer that ended up highest comes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +61,7 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
     for index, lifetime in enumerate(lifetimes):
         if lifetime.size < 0 or lifetime.first > lifetime.last:
             raise ValueError(f"buffer {index} has no valid size and lifetime: {lifetime}")
-    least = _largest_live_set(lifetimes)
+    least = max(_live_bytes(lifetimes))
     offsets, size = _place(lifetimes, least)
     plan = MemoryPlan(tuple(offsets), size, least)
     verify_plan(lifetimes, plan)
@@ -103,15 +104,7 @@ def _footprint(lifetime: Lifetime) -> int:
     return -(-(lifetime.size + SLACK) // ALIGNMENT) * ALIGNMENT
 
 
-_ORDERS: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
-    lambda buffer: (_footprint(buffer),),
-    lambda buffer: (_footprint(buffer) * buffer.steps,),
-    lambda buffer: (buffer.steps, _footprint(buffer)),
-)
-"""What buffers are placed by, the greatest first."""
-
-
-_ATTEMPTS = 15
+_ATTEMPTS = 8
 """How many orders are tried at most."""
 _CLOSE = 1.05
 """Times the lower bound: a plan as small as that is not worth the time for more than these."""
@@ -120,8 +113,7 @@ _CLOSE = 1.05
 def _place(lifetimes: Sequence[Lifetime], least: int) -> tuple[list[int], int]:
     """Offsets, and the size of the arena: the smallest that was found."""
     found: list[tuple[list[int], int]] = []
-    for key in _ORDERS:
-        order = sorted(range(len(lifetimes)), key=lambda i: key(lifetimes[i]), reverse=True)
+    for order in _orders(lifetimes):
         found.append(_greedy(lifetimes, order))
         if found[-1][1] <= least:
             return found[-1]
@@ -132,6 +124,20 @@ def _place(lifetimes: Sequence[Lifetime], least: int) -> tuple[list[int], int]:
         order.insert(0, highest)
         found.append(_greedy(lifetimes, order))
     return min(found, key=lambda attempt: attempt[1])
+
+
+def _orders(lifetimes: Sequence[Lifetime]) -> Iterator[list[int]]:
+    """The largest buffers first; those that are large for long; and those that live at the fullest
+    steps, for long."""
+    live = _live_bytes(lifetimes)
+    keys: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
+        lambda buffer: (_footprint(buffer),),
+        lambda buffer: (_footprint(buffer) * buffer.steps,),
+        lambda buffer: (max(live[buffer.first : buffer.last + 1]), buffer.steps),
+    )
+    for key in keys:
+        ranks = [key(lifetime) for lifetime in lifetimes]
+        yield sorted(range(len(lifetimes)), key=ranks.__getitem__, reverse=True)
 
 
 def _greedy(lifetimes: Sequence[Lifetime], order: Sequence[int]) -> tuple[list[int], int]:
@@ -166,14 +172,11 @@ def _best_gap(begins: np.ndarray, ends: np.ndarray, need: int) -> int:
     return int(starts[fitting[gaps[fitting].argmin()]])
 
 
-def _largest_live_set(lifetimes: Sequence[Lifetime]) -> int:
-    changes: dict[int, int] = {}
+def _live_bytes(lifetimes: Sequence[Lifetime]) -> list[int]:
+    """Bytes that live at each step."""
+    steps = max((lifetime.last for lifetime in lifetimes), default=-1) + 1
+    changes = [0] * (steps + 1)
     for lifetime in lifetimes:
-        size = _footprint(lifetime)
-        changes[lifetime.first] = changes.get(lifetime.first, 0) + size
-        changes[lifetime.last + 1] = changes.get(lifetime.last + 1, 0) - size
-    live = largest = 0
-    for step in sorted(changes):
-        live += changes[step]
-        largest = max(largest, live)
-    return largest
+        changes[lifetime.first] += _footprint(lifetime)
+        changes[lifetime.last + 1] -= _footprint(lifetime)
+    return list(itertools.accumulate(changes))
