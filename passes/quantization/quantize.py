@@ -136,8 +136,7 @@ class Quantize:
         work.calibrate()
         work.round_weights()
         kept, notes, hurts = work.choose_floats()
-        names = [name for name in layers if name not in kept]
-        work.apply(graph, names)
+        work.apply(graph, work.layers)
         ctx.report(_report(self, graph, layers, skipped, kept, notes, hurts))
         return graph.version != version
 
@@ -199,8 +198,8 @@ class _Work:
     def round_weights(self) -> None:
         options, format = self.options, self.options.weight_format
         if options.rounding == "nearest" and not (options.correct_bias and self.data):
-            for node in self._nodes(self.source, self.layers):
-                self.rounded[node.name] = round_nearest(node, format)
+            nodes = self._nodes(self.source, self.layers)
+            self.rounded = {node.name: round_nearest(node, format) for node in nodes}
             return
         assert self.data is not None
         quantized = self.source.clone()
@@ -217,7 +216,10 @@ class _Work:
         )
 
     def choose_floats(self) -> tuple[set[str], list[str], dict[str, float]]:
-        """The layers that must stay in floats, what is to be told, and all sensitivities."""
+        """The layers that must stay in floats, what is to be told, and all sensitivities.
+
+        The weights of the others are then rounded anew, for what these layers give in floats.
+        """
         options = self.options
         if options.target_sqnr is None and options.max_drop is None:
             return set(), [], {}
@@ -236,6 +238,14 @@ class _Work:
         target = self._target()
         kept = mixed_precision.fewest_in_floats(order, lambda some: quality(len(some)) >= target)
         final = quality(len(kept))
+        self.layers = [name for name in self.layers if name not in kept]
+        if kept and self.layers:
+            before = self.rounded
+            self.round_weights()
+            anew = self._quality(self._build(self.layers))
+            if anew < final:
+                self.rounded = before
+            final = max(anew, final)
         unit = "SQNR in dB" if options.target_sqnr is not None else "figure of merit"
         note = f"{unit}: {final:.4g} with {len(kept)} layers in floats, {target:.4g} was asked for."
         return set(kept), [note], found

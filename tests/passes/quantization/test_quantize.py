@@ -250,6 +250,29 @@ def test_mixed_precision_by_the_ratio_of_signal_to_noise(small: Graph) -> None:
     assert "was asked for" in report.remarks[0]
 
 
+def test_weights_are_rounded_for_the_layers_that_stay_in_floats() -> None:
+    """One colour is a hundredth of the others and weighs as much: only floats resolve it."""
+    torch.manual_seed(0)
+    faint = torch.tensor([0.01, 1.0, 1.0]).reshape(3, 1, 1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    with torch.no_grad():
+        model[0].weight /= faint
+    data = [images(k) * faint for k in range(4)]
+    source = graphopt.trace(model.eval(), data[0])
+
+    def quality(**options: Any) -> tuple[float, Context]:
+        graph, ctx = quantize(source, data=data, **options)
+        return sqnr(source, graph, torch.cat(data)), ctx
+
+    mixed, ctx = quality(target_sqnr=quality()[0] + 6)
+    report = ctx.reports[0]
+    assert [row[0] for row in report.rows if row[1] == "floats"] == ["0"]
+    assert mixed >= quality(ignore=["0"])[0] - 1e-6
+    assert f"{mixed:.4g}" in report.remarks[0]
+
+
 def test_mixed_precision_that_asks_for_nothing_or_too_much(small: Graph) -> None:
     _, ctx = quantize(small, data=DATA, target_sqnr=1.0)
     assert "4 of 4" in ctx.reports[0].title
