@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import sys
 import time
@@ -32,6 +31,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt import reference
+from graphopt.comparison import decibels
 from graphopt.passes import EXACT, Prune
 from graphopt.pipeline import Context, Pipeline
 
@@ -56,9 +56,8 @@ def logits(graph: graphopt.Graph, images: Tensor) -> Tensor:
     return torch.cat([reference.run(graph, [batch])[0] for batch in images.split(BATCH)])
 
 
-def decibels(exact: Tensor, got: Tensor) -> float:
-    ratio = exact.square().sum() / (got - exact).square().sum().clamp_min(1e-30)
-    return 10 * math.log10(float(ratio))
+def power(x: Tensor) -> float:
+    return float(x.square().sum())
 
 
 def accuracy(options: argparse.Namespace) -> list[Record]:
@@ -86,7 +85,7 @@ def accuracy(options: argparse.Namespace) -> list[Record]:
                     "granularity": granularity,
                     "criterion": criterion,
                     "agreement": agreement,
-                    "decibels": decibels(dense, got),
+                    "decibels": decibels(power(dense), power(got - dense)),
                     "seconds": seconds,
                 }
             )

@@ -5,7 +5,8 @@ With inputs ``X`` and ``H = X X^T``, a weight ``W`` that becomes ``V`` changes t
 where that costs least and updates the other weights; SparseGPT (Frantar and Alistarh, 2023) does so
 for all rows at once, one block of columns after the other. What it leaves is then improved on: the
 weights that stay become the least-squares solution, and pairs of pruned and kept blocks are
-exchanged as long as that pays.
+exchanged as long as that pays. Errors of output channels can count differently; that changes which
+weights stay, not what they become.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ class Problem:
         hessian: [taps * input channels, taps * input channels], float64, positive definite.
         remaining: which weights are not zero yet.
         taps: how many positions the kernel has.
+        importance: what the squared error of each output channel counts, [output channels, 1].
     """
 
     weight: Tensor
     hessian: Tensor
     remaining: Tensor
     taps: int
+    importance: Tensor | float = 1.0
 
     def error(self, pruned: Tensor) -> float:
         """Squared error of the output."""
         difference = pruned - self.weight
-        return float((difference @ self.hessian * difference).sum())
+        return float((difference @ self.hessian * difference * self.importance).sum())
 
     def as_taps(self, matrix: Tensor) -> Tensor:
         """[1, output channels, input channels, taps]."""
@@ -110,7 +113,8 @@ def _not_worse_than_magnitude(
     """Where plain masks happen to be better, their least-squares solution."""
     error = problem.error(best)
     magnitude = problem.weight.abs()
-    for scores in (magnitude, magnitude.square() * problem.hessian.diagonal()):
+    squares = magnitude.square() * problem.importance
+    for scores in (magnitude, squares * problem.hessian.diagonal()):
         mask = _mask(problem, granularity, scores, sparsity)
         if problem.error(problem.weight * mask) < error:
             candidate = least_squares(problem, problem.weight, mask)
@@ -151,6 +155,7 @@ def sparse_gpt(
     for first, last in _chunks(channels, problem.taps, granularity):
         part = factor[first:last, first:last]
         scores = _joint_cost(weight[:, first:last], part.T @ part, granularity, channels)
+        scores = scores * problem.importance
         alive = problem.remaining[:, first:last]
         chunk = Problem(scores, part, alive, max(1, (last - first) // channels))
         count = _count(chunk, granularity)
@@ -254,6 +259,7 @@ def exchange(
         gradient = (problem.weight - weight) @ problem.hessian
         gains = trust * gradient.square() / diagonal
         scores = torch.where(kept, weight.square() / inverse.diagonal(), gains)
+        scores = scores * problem.importance
         mask = _mask(problem, granularity, scores, sparsity)
         if torch.equal(mask, kept):
             break

@@ -14,6 +14,7 @@ from graphopt.passes.pruning import hessian
 from graphopt.passes.pruning.granularity import Granularity
 from graphopt.passes.pruning.layer_inputs import as_matrix, columns, from_matrix
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
+from graphopt.passes.pruning.output_importance import output_importance
 from graphopt.pipeline import Context
 from graphopt.stepwise import Stepwise
 
@@ -79,7 +80,10 @@ def prune_layer_by_layer(
             their errors as far as it can; otherwise all see the dense network.
         damping: fraction of the mean of the Hessian's diagonal that is added to it.
     """
-    walk = Stepwise(graph, (batch.inputs for batch in data.batches(graph)))
+    inputs = [batch.inputs for batch in data.batches(graph)]
+    importance = output_importance(graph, list(sparsities), inputs, ctx)
+    walk = Stepwise(graph, inputs)
+    del inputs
     pending: dict[Node, list[PrunableLayer]] = {}
     for layer in sparsities:
         for node in layer.products:
@@ -97,7 +101,10 @@ def prune_layer_by_layer(
         if not sequential:
             walk.advance(node)
         for layer in ready:
-            _prune_layer(layer, moments.pop(layer), granularity, sparsities[layer], damping)
+            _prune_layer(
+                *(layer, moments.pop(layer), importance[layer]),
+                *(granularity, sparsities[layer], damping),
+            )
         left -= len(ready)
         if left == 0:
             break
@@ -108,6 +115,7 @@ def prune_layer_by_layer(
 def _prune_layer(
     layer: PrunableLayer,
     moments: Moments,
+    importance: Tensor,
     granularity: Granularity,
     sparsity: float,
     damping: float,
@@ -116,11 +124,12 @@ def _prune_layer(
     taps = layer.taps(weight).double()
     old, adjustable = as_matrix(taps), _adjustable_bias(layer)
     second = moments.second if adjustable is None else moments.centred()
-    new = torch.empty_like(old)
+    new, counts = torch.empty_like(old), importance.reshape(len(old), -1, 1)
     for group in range(len(old)):
         rounding = ROUNDING * float(moments.second[group].diagonal().mean())
         moment = hessian.damped(second[group], damping, rounding)
-        problem = hessian.Problem(old[group], moment, old[group] != 0, taps.shape[3])
+        remaining = old[group] != 0
+        problem = hessian.Problem(old[group], moment, remaining, taps.shape[3], counts[group])
         new[group] = hessian.prune(problem, granularity, sparsity)
     layer.write(layer.stored(from_matrix(new, taps.shape)).to(weight.dtype))
     if adjustable is not None:
