@@ -7,11 +7,13 @@ onnxruntime; medians and ratios are reported.
     python benchmarks/channel_pruning.py                    # ResNet-50, half of the multiply-adds
     python benchmarks/channel_pruning.py --network mobilenet_v2 --macs 0.7 --round-to 8
     python benchmarks/channel_pruning.py --zoo              # pruned = masked, over the whole zoo
+    python benchmarks/channel_pruning.py --zoo resnet18 vgg11_bn --out zoo.json --markdown zoo.md
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from typing import Any
 import onnxruntime
 import torch
 from inference import ROOT, interleaved
+from rich.box import MARKDOWN, ROUNDED, Box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,6 +40,7 @@ from graphopt.passes.pruning.channel_removal import remaining_macs, remove_units
 
 sys.path.insert(0, str(ROOT / "tests"))
 
+Record = dict[str, Any]
 TRIALS = 12
 """Halvings of the interval in which the part of the channels is searched."""
 
@@ -82,7 +86,7 @@ def prune(graph: graphopt.Graph, wanted: float, round_to: int) -> graphopt.Graph
     return pruned
 
 
-def compare(name: str, wanted: float, round_to: int, threads: int, rounds: int) -> dict[str, Any]:
+def compare(name: str, wanted: float, round_to: int, threads: int, rounds: int) -> Record:
     """Seconds of a call, dense and pruned."""
     from zoo import NETWORKS
 
@@ -111,7 +115,7 @@ def compare(name: str, wanted: float, round_to: int, threads: int, rounds: int) 
     return {"network": name, "macs": macs(pruned) / macs(dense), "seconds": seconds}
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: Record) -> None:
     table = Table(
         title=f"{result['network']}, {result['macs']:.1%} of the multiply-adds, ms per call"
     )
@@ -124,34 +128,73 @@ def show(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def zoo(names: list[str]) -> list[dict[str, Any]]:
-    """Every network without a third of the units of each group, against its masked self."""
+def check(name: str) -> Record:
+    """A network without a third of the units of each group, against its masked self."""
     from channel_pruning_check import Pruned
     from zoo import NETWORKS
 
-    table = Table(title="largest relative error of the pruned network, against the masked one")
-    for column in ("network", "groups", "elements left", "torch", "engine", "onnxruntime", ""):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    results = []
+    start = time.perf_counter()
+    subject = Pruned(NETWORKS[name], NETWORKS[name].small)
+    with tempfile.TemporaryDirectory() as folder:
+        errors = {
+            "torch": subject.torch_error(),
+            "engine": subject.engine_error(),
+            "onnxruntime": subject.onnx_error(Path(folder) / "model.onnx"),
+        }
+    return {
+        "network": name,
+        "groups": subject.groups,
+        "kept": subject.kept,
+        "errors": errors,
+        "allowed": subject.allowed,
+        "agrees": errors["torch"] < 1e-9 and max(errors.values()) <= subject.allowed,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def zoo(names: list[str], known: list[Record]) -> list[Record]:
+    """Check networks, and put the results among those known."""
+    from zoo import NETWORKS
+
+    results = {record["network"]: record for record in known}
     for name in track(names or list(NETWORKS), "networks", transient=True):
-        start = time.perf_counter()
-        subject = Pruned(NETWORKS[name], NETWORKS[name].small)
-        with tempfile.TemporaryDirectory() as folder:
-            errors = {
-                "torch": subject.torch_error(),
-                "engine": subject.engine_error(),
-                "onnxruntime": subject.onnx_error(Path(folder) / "model.onnx"),
-            }
-        good = errors["torch"] < 1e-9 and max(errors.values()) <= subject.allowed
+        results[name] = check(name)
+    return [results[name] for name in NETWORKS if name in results]
+
+
+def zoo_table(results: list[Record], box: Box) -> Table:
+    good = sum(record["agrees"] for record in results)
+    table = Table(
+        title=f"Largest relative error of pruned networks, in float64 (torch) and float32, against "
+        f"the masked ones in float64: {good} of {len(results)} agree",
+        title_justify="left",
+        box=box,
+    )
+    for column in ("network", "groups", "elements left", "torch", "engine", "onnxruntime", ""):
+        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
+    for record in results:
         table.add_row(
-            *(name, str(subject.groups), f"{subject.kept:.2f}"),
-            *(f"{error:.1e}" for error in errors.values()),
-            *("" if good else f"allowed {subject.allowed:.1e}",),
+            *(record["network"], str(record["groups"]), f"{record['kept']:.2f}"),
+            *(f"{error:.1e}" for error in record["errors"].values()),
+            *("" if record["agrees"] else f"allowed {record['allowed']:.1e}",),
         )
-        seconds = time.perf_counter() - start
-        results.append({"network": name, "allowed": subject.allowed, "seconds": seconds, **errors})
-    Console().print(table)
-    return results
+    return table
+
+
+def check_zoo(options: argparse.Namespace) -> None:
+    known = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
+    results = zoo(options.zoo, known)
+    Console(width=140).print(zoo_table(results, ROUNDED))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1))
+    if options.markdown:
+        console = Console(width=140, file=io.StringIO())
+        console.print(zoo_table(results, MARKDOWN))
+        assert isinstance(console.file, io.StringIO)
+        lines = (line.rstrip() for line in console.file.getvalue().splitlines())
+        options.markdown.write_text("\n".join(lines).strip() + "\n")
+    if not all(record["agrees"] for record in results):
+        sys.exit("a pruned network is not its masked self")
 
 
 def main() -> None:
@@ -164,17 +207,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--zoo", nargs="*", metavar="NETWORK", help="check networks; all if none")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="results; those of --zoo are put to those there")
+    parser.add_argument("--markdown", type=Path, help="the table of --zoo")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     if options.zoo is not None:
-        result: Any = zoo(options.zoo)
-    else:
-        result = compare(
-            *(options.network, options.macs, options.round_to, options.threads, options.rounds)
-        )
-        show(result)
+        check_zoo(options)
+        return
+    result = compare(
+        *(options.network, options.macs, options.round_to, options.threads, options.rounds)
+    )
+    show(result)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))
 
