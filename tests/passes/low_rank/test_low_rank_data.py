@@ -183,6 +183,40 @@ def test_alternating_least_squares_comes_near_the_analytic_optimum():
 # -- through the pass ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(5, 8, 1), nn.Conv2d(5, 8, 3, padding=1, stride=2), nn.Conv2d(5, 8, (1, 3))]
+)
+def test_a_layer_with_batch_norm_gets_the_analytic_optimum_of_its_inputs(layer):
+    """The inputs are gathered by torch, the optimum comes from a Cholesky factor of their
+    covariance: the error that the pass reports, and that of the chain it puts in place."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    for tensor in (norm.running_mean, norm.bias, norm.running_var, norm.weight):
+        nn.init.uniform_(tensor, 0.5, 2)
+    model = nn.Sequential(layer, norm).double().eval()
+    mixing = random(5, 5, seed=4) * torch.logspace(0, -1.5, 5, dtype=torch.float64)
+    x = torch.einsum("oi,bihw->bohw", mixing, random(4, 5, 12, 12)) + 1
+    graph = graphopt.trace(model, x)
+    ctx = Context()
+    one = LowRank("svd", rank=3, data=[x[:2], x[2:]], only_faster=False)
+    Pipeline(["fold-batch-norm", one]).run(graph, ctx)
+
+    taps, padding, stride = layer.kernel_size, layer.padding, layer.stride
+    seen = nn.functional.unfold(x, taps, padding=padding, stride=stride)
+    covariance = torch.cov(seen.transpose(0, 1).flatten(1), correction=0)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    kernel = (layer.weight * scale.reshape(-1, 1, 1, 1)).detach().flatten(1)
+    whitened = torch.linalg.svdvals(kernel @ torch.linalg.cholesky(covariance))
+    least = (whitened[3:].square().sum() / whitened.square().sum()).item()
+
+    with torch.no_grad():
+        exact = model(x)
+    lost = graphopt.reference.run(graph, [x])[0] - exact
+    variance = (exact - exact.mean(dim=(0, 2, 3), keepdim=True)).square().sum()
+    assert (lost.square().sum() / variance).item() == pytest.approx(least, rel=1e-4)
+    assert ctx.reports[-1].rows[0][7] ** 2 == pytest.approx(least, abs=RIDGE)  # its share of it
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
