@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from graphopt.kernels import source
 from graphopt.kernels.loops import SHARE, Arguments, broadcast_strides, collapse, kernel_text
@@ -112,11 +113,9 @@ class MatmulCandidate(Candidate):
 
     def _panels_of(self, b: np.ndarray) -> np.ndarray:
         product, width = self.product, self.tile.width * LANES
-        # Its batch may have become rows of the product, and these its columns.
-        if self.problem.transposed[product.b] != (product.b == 0):
-            matrix = b.reshape(product.columns, product.depth).T
-        else:
-            matrix = b.reshape(product.depth, product.columns)
+        flat = np.ascontiguousarray(b).reshape(-1)[product.offsets[0][1] :]
+        strides = [b.itemsize * stride for stride in product.b_strides]
+        matrix = as_strided(flat, (product.depth, product.columns), strides, writeable=False)
         vectors = math.ceil(product.columns / LANES)
         packed = aligned_empty((self._panels, product.depth, width), np.float32)
         packed[...] = 0

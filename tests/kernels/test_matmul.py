@@ -107,11 +107,12 @@ def test_batches(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     check_product(plain(*a), plain(*b))
 
 
-@pytest.mark.parametrize(("left", "shared"), [((2, 5, 7), (7, 20)), ((3, 2, 1, 1), (1, 1))])
+@pytest.mark.parametrize("turned_left", [False, True])
+@pytest.mark.parametrize(("left", "shared"), [((2, 5, 7), (7, 20)), ((3, 2, 1, 4), (4, 1))])
 def test_a_batch_of_constants_times_one_matrix(
-    left: tuple[int, ...], shared: tuple[int, ...]
+    left: tuple[int, ...], shared: tuple[int, ...], turned_left: bool
 ) -> None:
-    check_product(constant(left), plain(*shared))
+    check_product(constant(turned(left, turned_left)), plain(*shared), (turned_left, False))
 
 
 def test_attention() -> None:
