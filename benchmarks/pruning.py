@@ -31,7 +31,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt import reference
-from graphopt.comparison import decibels
+from graphopt.comparison import Difference
 from graphopt.passes import EXACT, Prune
 from graphopt.pipeline import Context, Pipeline
 
@@ -54,10 +54,6 @@ def console() -> Console:
 
 def logits(graph: graphopt.Graph, images: Tensor) -> Tensor:
     return torch.cat([reference.run(graph, [batch])[0] for batch in images.split(BATCH)])
-
-
-def power(x: Tensor) -> float:
-    return float(x.square().sum())
 
 
 def accuracy(options: argparse.Namespace) -> list[Record]:
@@ -85,7 +81,7 @@ def accuracy(options: argparse.Namespace) -> list[Record]:
                     "granularity": granularity,
                     "criterion": criterion,
                     "agreement": agreement,
-                    "decibels": decibels(power(dense), power(got - dense)),
+                    "decibels": Difference.between("logits", "", dense, got).sqnr,
                     "seconds": seconds,
                 }
             )

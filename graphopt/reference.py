@@ -62,6 +62,28 @@ def run(
         ]
 
 
+def every_value(
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    observe: Callable[[Node, list[Any]], None] | None = None,
+) -> dict[Value, Any]:
+    """All values of a graph, none of which is released; with gradients where they are enabled.
+
+    Args:
+        graph: what is evaluated, in its own dtypes.
+        inputs: tensors of the graph's inputs.
+        observe: called with every node and its results, before others read them.
+    """
+    environment: dict[Value, Any] = {value: value.constant for value in graph.constants}
+    environment.update(zip(graph.inputs, inputs, strict=True))
+    for node in graph.nodes:
+        results = results_of(node, environment)
+        if observe is not None:
+            observe(node, results)
+        environment.update(zip(node.outputs, results, strict=True))
+    return environment
+
+
 def results_of(
     node: Node, environment: Mapping[Value, Any], dtype: torch.dtype | None = None
 ) -> list[Any]:

@@ -43,3 +43,12 @@ class Target:
     time: Callable[[Graph], float] = field(default=_no_timer, repr=False)
     threads: int = field(default_factory=_default_threads)
     vector_bytes: int = field(default_factory=_vector_bytes)
+
+    def require_timer(self) -> None:
+        """For passes that will measure time after much work.
+
+        Raises:
+            PassError: this target cannot measure time.
+        """
+        if self.time is _no_timer:
+            _no_timer(Graph())

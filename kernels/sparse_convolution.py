@@ -21,7 +21,7 @@ from graphopt.kernels.convolution import (
     image_of,
     pack_cycles,
 )
-from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
+from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.nonzeros import (
     Schedule,
     pack_streams,
@@ -186,21 +186,23 @@ def _fetch_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
 
     That is too little in a row for the CPU to foresee it.
     """
-    lines = [
+    fetch = [
         f"prefetch(e{index} + {row} * e{index}_row + {line * extra.width * LANES})"
         for index, extra in enumerate(epilogue.extras)
         if extra.along
         for row in range(schedule.rows)
         for line in range(schedule.width + 1)
     ]
-    if not lines:
-        return []
-    channel = f"channel = group * outputs + number * {schedule.rows}"
-    return [
-        "if block + 1 == blocks:",
-        *indent(1, [channel, *epilogue_starts(epilogue), *lines]),
-    ]
+    parts = {"starts": epilogue_starts(epilogue), "fetch": fetch}
+    return fill(_FETCH, parts, {"ROWS": schedule.rows}) if fetch else []
 
+
+_FETCH = """
+if block + 1 == blocks:
+    channel = group * outputs + number * ROWS
+    <starts>
+    <fetch>
+"""
 
 _FINISH = """
 if block + 1 < blocks:

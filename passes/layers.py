@@ -18,13 +18,15 @@ from graphopt.ir import Graph, Node, Value
 from graphopt.ir.patterns import Decline
 
 LINEAR = "aten.linear"
+EMBEDDING = "aten.embedding"
 CONVOLUTIONS = frozenset(
     f"aten.conv{d}d{overload}" for d in (1, 2, 3) for overload in ("", ".padding")
 )
 TRANSPOSED_CONVOLUTIONS = frozenset(
     ("aten.conv_transpose1d", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 )
-LAYERS = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR, "aten.convolution"}
+ALL_CONVOLUTIONS = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {"aten.convolution"}
+LAYERS = ALL_CONVOLUTIONS | {LINEAR}
 
 
 @dataclass(frozen=True)

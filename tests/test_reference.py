@@ -9,7 +9,7 @@ import torch
 
 from graphopt import reference
 from graphopt.errors import GraphError
-from graphopt.ir import Graph, ScalarType, TensorType
+from graphopt.ir import Graph, Node, ScalarType, TensorType
 
 F32, F64 = torch.float32, torch.float64
 
@@ -122,3 +122,22 @@ def test_inputs_that_are_refused(inputs, reason):
     graph.set_outputs([x])
     with pytest.raises(GraphError, match=reason):
         reference.run(graph, inputs)
+
+
+def test_every_value_with_gradients_of_those_that_are_asked_for():
+    graph = Graph()
+    x = graph.add_input("x", TensorType(F32, (3,)))
+    weight = graph.constant(torch.tensor([1.0, 2.0, 3.0]), "weight")
+    product = graph.add("aten.mul.Tensor", x, weight)
+    square = graph.add("aten.mul.Tensor", product, product)
+    graph.set_outputs([square])
+    given = torch.tensor([1.0, -1.0, 0.5])
+
+    def ask(node: Node, results: list[torch.Tensor]) -> None:
+        if node is product.producer:
+            results[0].requires_grad_()
+
+    values = reference.every_value(graph, [given], observe=ask)
+    assert set(values) == {x, weight, product, square}
+    (gradient,) = torch.autograd.grad(values[square].sum(), values[product])
+    torch.testing.assert_close(gradient, 2 * given * weight.constant)

@@ -61,9 +61,9 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
     for index, lifetime in enumerate(lifetimes):
         if lifetime.size < 0 or lifetime.first > lifetime.last:
             raise ValueError(f"buffer {index} has no valid size and lifetime: {lifetime}")
-    least = max(_live_bytes(lifetimes))
-    offsets, size = _place(lifetimes, least)
-    plan = MemoryPlan(tuple(offsets), size, least)
+    live = _live_bytes(lifetimes)
+    offsets, size = _place(lifetimes, live)
+    plan = MemoryPlan(tuple(offsets), size, max(live))
     verify_plan(lifetimes, plan)
     return plan
 
@@ -110,10 +110,11 @@ _CLOSE = 1.05
 """Times the lower bound: a plan as small as that is not worth the time for more than these."""
 
 
-def _place(lifetimes: Sequence[Lifetime], least: int) -> tuple[list[int], int]:
+def _place(lifetimes: Sequence[Lifetime], live: Sequence[int]) -> tuple[list[int], int]:
     """Offsets, and the size of the arena: the smallest that was found."""
+    least = max(live)
     found: list[tuple[list[int], int]] = []
-    for order in _orders(lifetimes):
+    for order in _orders(lifetimes, live):
         found.append(_greedy(lifetimes, order))
         if found[-1][1] <= least:
             return found[-1]
@@ -126,10 +127,9 @@ def _place(lifetimes: Sequence[Lifetime], least: int) -> tuple[list[int], int]:
     return min(found, key=lambda attempt: attempt[1])
 
 
-def _orders(lifetimes: Sequence[Lifetime]) -> Iterator[list[int]]:
+def _orders(lifetimes: Sequence[Lifetime], live: Sequence[int]) -> Iterator[list[int]]:
     """The largest buffers first; those that are large for long; and those that live at the fullest
     steps, for long."""
-    live = _live_bytes(lifetimes)
     keys: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
         lambda buffer: (_footprint(buffer),),
         lambda buffer: (_footprint(buffer) * buffer.steps,),

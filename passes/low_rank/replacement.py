@@ -10,9 +10,9 @@ from torch import Tensor
 
 from graphopt.ir import Graph, Origin, Value
 from graphopt.ir.types import TensorType
-from graphopt.passes.layers import LINEAR
+from graphopt.passes.layers import EMBEDDING, LINEAR
 from graphopt.passes.low_rank.factors import Chain, Factor
-from graphopt.passes.low_rank.subjects import EMBEDDING, Subject
+from graphopt.passes.low_rank.subjects import Subject
 
 
 def replace_layer(graph: Graph, subject: Subject, chain: Chain, offsets: Tensor) -> None:

@@ -11,11 +11,9 @@ from torch import Tensor
 from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.patterns import Decline
-from graphopt.passes.layers import CONVOLUTIONS, LINEAR, per_dimension
+from graphopt.passes.layers import CONVOLUTIONS, EMBEDDING, LINEAR, per_dimension
 from graphopt.passes.low_rank.factors import Chain, multiply_adds, parameters
 from graphopt.passes.neighbourhoods import zeros_around
-
-EMBEDDING = "aten.embedding"
 
 
 @dataclass(frozen=True, eq=False)

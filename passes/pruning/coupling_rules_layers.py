@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt.ir import Node, Value
-from graphopt.passes.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_transposed
+from graphopt.passes.layers import ALL_CONVOLUTIONS, is_transposed
 from graphopt.passes.pruning.axes import Axis
 from graphopt.passes.pruning.coupling import Axes, Coupling, Rule, describe
 from graphopt.passes.pruning.coupling_rules_elementwise import broadcast
@@ -269,7 +269,7 @@ def _quantize(c: Coupling, node: Node) -> list[Axes]:
 
 LAYER_RULES: dict[str, Rule] = {
     "aten.linear": _linear,
-    **dict.fromkeys(CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {"aten.convolution"}, _convolution),
+    **dict.fromkeys(ALL_CONVOLUTIONS, _convolution),
     **dict.fromkeys(MATRIX_PRODUCTS, _matmul),
     "aten.embedding": _embedding,
     "aten._weight_norm": _weight_norm,

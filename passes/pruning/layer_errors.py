@@ -10,7 +10,8 @@ from torch import Tensor
 from graphopt import reference
 from graphopt.calibration import CalibrationData, Observer, observe
 from graphopt.ir import Graph, Node, Value
-from graphopt.passes.pruning.layers_to_prune import EMBEDDING, PrunableLayer
+from graphopt.passes.layers import EMBEDDING
+from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.passes.pruning.sensitivity import relative_error
 
 

@@ -81,8 +81,7 @@ def measure(
     def seconds(layer: PrunableLayer) -> float:
         key = problem(layer)
         if key not in known:
-            weight = layer.weight.tensor
-            known[key] = sum(ctx.target.time(fragment(node, weight)) for node in layer.nodes)
+            known[key] = _seconds(layer, layer.weight.tensor, ctx)
         return known[key]
 
     largest_first = sorted(layers, key=lambda pair: pair[0].macs, reverse=True)
@@ -114,11 +113,13 @@ def time_layers(
     for layer in ctx.track(layers, "timing layers"):
         key = problem(layer)
         if key not in known:
-            known[key] = [
-                sum(ctx.target.time(fragment(node, pruned(layer, level))) for node in layer.nodes)
-                for level in levels
-            ]
+            known[key] = [_seconds(layer, pruned(layer, level), ctx) for level in levels]
     return {layer: known[problem(layer)] for layer in layers}
+
+
+def _seconds(layer: PrunableLayer, weight: Tensor, ctx: Context) -> float:
+    """Of a layer alone with some weight, all its uses together."""
+    return sum(ctx.target.time(fragment(node, weight)) for node in layer.nodes)
 
 
 def fragment(node: Node, weight: Tensor) -> Graph:

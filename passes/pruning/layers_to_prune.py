@@ -14,10 +14,9 @@ from graphopt.flops import count_flops
 from graphopt.ir import Graph, Node, Value
 from graphopt.ir.operators import resolve
 from graphopt.ir.weights import Weight
-from graphopt.passes.layers import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS, is_transposed
+from graphopt.passes.layers import EMBEDDING, LAYERS, LINEAR, is_transposed
 
-EMBEDDING = "aten.embedding"
-PRUNABLE = CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {LINEAR, EMBEDDING, "aten.convolution"}
+PRUNABLE = LAYERS | {EMBEDDING}
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt import reference
-from graphopt.ir import Graph, Value
+from graphopt.ir import Graph, Node, Value
 from graphopt.passes.pruning.layers_to_prune import PrunableLayer
 from graphopt.pipeline import Context
 
@@ -83,17 +82,16 @@ def _differentiable(
 ) -> tuple[list[tuple[PrunableLayer, Tensor]], list[Tensor]]:
     """The outputs of layers, and the floating results of the network that depend on them."""
     owners = {node: layer for layer in layers for node in layer.products}
-    environment: dict[Value, Any] = {value: value.constant for value in graph.constants}
-    environment.update(zip(graph.inputs, inputs, strict=True))
     outputs: list[tuple[PrunableLayer, Tensor]] = []
+
+    def note(node: Node, results: list[Tensor]) -> None:
+        if node in owners:
+            if not results[0].requires_grad:  # nothing before it has a gradient either
+                results[0].requires_grad_()
+            outputs.append((owners[node], results[0]))
+
     with torch.enable_grad():
-        for node in graph.nodes:
-            results = reference.results_of(node, environment)
-            if node in owners:
-                if not results[0].requires_grad:  # nothing before it has a gradient either
-                    results[0].requires_grad_()
-                outputs.append((owners[node], results[0]))
-            environment.update(zip(node.outputs, results, strict=True))
+        environment = reference.every_value(graph, inputs, observe=note)
     results = [environment[value] for value in graph.outputs if isinstance(value, Value)]
     return outputs, [r for r in results if isinstance(r, Tensor) and r.is_floating_point()]
 

@@ -80,14 +80,6 @@ def pruning_report(
     return PassReport(title, tuple(columns), tuple(rows), _remarks(left, data, times))
 
 
-def left_alone(reasons: Mapping[str, str]) -> list[str]:
-    """Remarks on what was left alone, given the reasons by name."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    return [f"left alone: {', '.join(names)}: {why}" for why, names in by_reason.items()]
-
-
 def _title(options: Prune) -> str:
     criterion = options.criterion
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "own")
@@ -106,8 +98,16 @@ def _remarks(
         error_remark(data),
         "bytes: non-zero weights and a bit for each place; without zeros, all weights",
         *remarks_on(times),
-        *left_alone(left),
+        *_left_alone(left),
     )
+
+
+def _left_alone(reasons: Mapping[str, str]) -> list[str]:
+    """Remarks on what was left alone, given the reasons by name."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"left alone: {', '.join(names)}: {why}" for why, names in by_reason.items()]
 
 
 def _stored_bytes(nonzeros: int, size: int, item: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.ir import Graph, Node, Operand, Value
-from graphopt.passes.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_transposed
+from graphopt.passes.layers import ALL_CONVOLUTIONS, is_transposed
 from graphopt.passes.pruning.axes import Axis, Sizes, kept_ranges
 from graphopt.passes.pruning.coupling_rules_views import slice_bounds
 
@@ -178,6 +178,6 @@ _RULES: dict[str, Callable[[Graph, Node, Remaining], Any]] = {
     "aten.narrow": _slice,
     "aten.slice_scatter": _slice,
     "aten.select.int": _select,
-    **dict.fromkeys(CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS | {"aten.convolution"}, _convolution),
+    **dict.fromkeys(ALL_CONVOLUTIONS, _convolution),
     "aten.group_norm": _group_norm,
 }

@@ -37,7 +37,8 @@ def sensitivities(
         ctx: shows the progress.
     """
     batch = next(iter(data.batches(graph)))
-    environment = _values(graph, few_samples(graph, batch))
+    with torch.no_grad():
+        environment = reference.every_value(graph, few_samples(graph, batch))
     exact = [environment[out] for out in graph.outputs if isinstance(out, Value)]
     errors: dict[PrunableLayer, list[float]] = {}
     for layer in ctx.track(layers, "sensitivity of layers"):
@@ -68,17 +69,6 @@ def few_samples(graph: Graph, batch: Batch) -> list[Tensor]:
         tensor[:SAMPLES] if 0 in value.free else tensor
         for value, tensor in zip(graph.inputs, batch.inputs, strict=True)
     ]
-
-
-def _values(graph: Graph, inputs: list[Tensor]) -> dict[Value, Any]:
-    """Every value of the graph."""
-    environment: dict[Value, Any] = {value: value.constant for value in graph.constants}
-    environment.update(zip(graph.inputs, inputs, strict=True))
-    with torch.no_grad():
-        for node in graph.nodes:
-            results = reference.results_of(node, environment)
-            environment.update(zip(node.outputs, results, strict=True))
-    return environment
 
 
 def _again(
