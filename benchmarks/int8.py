@@ -1,7 +1,9 @@
-"""int8 networks in graphopt and in ONNX Runtime, beside float32: time of a call, interleaved.
+"""int8 networks in graphopt, ONNX Runtime and OpenVINO, beside float32: interleaved calls.
 
 Ranges of activations are the least and largest numbers in one batch, in graphopt and in ONNX
-Runtime's own quantizer alike; weights are quantized per output channel, to the nearest step. With
+Runtime's own quantizer alike; weights are quantized per output channel, to the nearest step.
+OpenVINO, where it is installed, runs what NNCF quantizes with the same batch. BERT's activations
+are quantized while it runs ("dynamic") in graphopt and ONNX Runtime, and by NNCF with ranges. With
 ``--blocks 2x4 --sparsity 0.8``, blocks of so many output by so many input channels with the
 smallest weights are zero in all of them; the first and depthwise convolutions stay dense.
 
@@ -17,12 +19,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from inference import BACKENDS, NETWORKS, ROOT, Inputs, Run, interleaved, machine
+from inference import BACKENDS, NETWORKS, ROOT, Inputs, Run, arguments_of, interleaved, machine
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -32,24 +35,28 @@ import graphopt
 from graphopt.passes import Prune, Quantize
 
 IMAGES = ("resnet50", "mobilenet_v2", "efficientnet_lite0")
+TOKENS = ("bert_6x384",)
 
 
 def pruning(network: nn.Module, blocks: str, sparsity: float) -> list[Prune]:
     """The pass for blocks of weights, or none for "dense"."""
     if blocks == "dense":
         return []
-    first = next(name for name, m in network.named_modules() if isinstance(m, nn.Conv2d))
-    return [Prune(sparsity, granularity=blocks, ignore=first)]
+    convolutions = [name for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    return [Prune(sparsity, granularity=blocks, ignore=convolutions[:1])]
 
 
 # -- backends ------------------------------------------------------------------------------------
 
 
 def _graphopt_int8(network: nn.Module, inputs: Inputs, passes: list[Prune], threads: int) -> Run:
-    x = inputs["x"]
-    quantize = Quantize(data=[x], observer="min-max", method="nearest", correct_bias=False)
-    optimized = graphopt.optimize(network, x, [*passes, quantize], threads=threads)
-    return lambda: optimized(x)
+    given = arguments_of(inputs)
+    if "x" in inputs:
+        quantize = Quantize(data=[given], observer="min-max", method="nearest", correct_bias=False)
+    else:
+        quantize = Quantize(activations="dynamic")
+    optimized = graphopt.optimize(network, given, [*passes, quantize], threads=threads)
+    return (lambda: optimized(given)) if "x" in inputs else (lambda: optimized(**inputs))
 
 
 def quantize_onnx(model: Path, target: Path, batches: Iterable[Sequence[torch.Tensor]]) -> None:
@@ -82,6 +89,28 @@ def quantize_onnx(model: Path, target: Path, batches: Iterable[Sequence[torch.Te
     )
 
 
+def _quantize_dynamically(model: Path, target: Path) -> None:
+    """Let ONNX Runtime quantize the constant operands of products, per output channel."""
+    from onnxruntime import quantization
+
+    quantization.quantize_dynamic(
+        model, target, per_channel=True, weight_type=quantization.QuantType.QInt8
+    )
+
+
+def _quantize_nncf(model: Path, target: Path, inputs: Inputs) -> None:
+    """Let NNCF quantize a model with one batch, as its guide for transformers and others says."""
+    import nncf
+    import onnx
+
+    loaded = onnx.load(model)
+    names = [value.name for value in loaded.graph.input]
+    feed = {n: x.numpy() for n, x in zip(names, inputs.values(), strict=True)}
+    kind = None if "x" in inputs else nncf.ModelType.TRANSFORMER
+    quantized = nncf.quantize(loaded, nncf.Dataset([feed]), subset_size=1, model_type=kind)
+    onnx.save(quantized, target)
+
+
 def measure(
     name: str,
     blocks: str,
@@ -97,17 +126,26 @@ def measure(
     form = f"{blocks} {sparsity:.0%}" if passes else blocks
     model = folder / f"{name}-{form.replace(' ', '-').rstrip('%')}.onnx"
     quantized = model.with_name(f"{model.stem}-int8.onnx")
+    with_openvino = find_spec("openvino") is not None and find_spec("nncf") is not None
+    by_nncf = model.with_name(f"{model.stem}-nncf.onnx")
     with torch.no_grad():
         if not quantized.exists():
-            pruned = graphopt.optimize(network, inputs["x"], passes)
+            pruned = graphopt.optimize(network, arguments_of(inputs), passes)
             pruned.export_onnx(model, verify=False)
-            quantize_onnx(model, quantized, [list(inputs.values())])
+            if name in TOKENS:
+                _quantize_dynamically(model, quantized)
+            else:
+                quantize_onnx(model, quantized, [list(inputs.values())])
+        if with_openvino and not by_nncf.exists():
+            _quantize_nncf(model, by_nncf, inputs)
         in_onnxruntime = BACKENDS["onnxruntime"]
         runs = {
             "graphopt int8": _graphopt_int8(network, inputs, passes, threads),
             "onnxruntime fp32": in_onnxruntime(network, inputs, threads, model),
             "onnxruntime int8": in_onnxruntime(network, inputs, threads, quantized),
         }
+        if with_openvino:
+            runs["openvino int8"] = BACKENDS["openvino"](network, inputs, threads, by_nncf)
         seconds = interleaved(runs, rounds)
     return {"network": name, "form": form, "seconds": seconds}
 
@@ -117,15 +155,15 @@ def show(console: Console, records: list[dict[str, Any]], threads: int) -> None:
     table = Table(title=f"milliseconds of a call, batch 1, {threads} threads")
     for column in ("network", "weights", *records[0]["seconds"]):
         table.add_column(column, justify="right")
-    table.add_column("to fp32", justify="right")
-    table.add_column("to int8", justify="right")
+    peers = [name for name in records[0]["seconds"] if name != "graphopt int8"]
+    for peer in peers:
+        table.add_column(f"to {peer}", justify="right")
     for record in records:
         seconds = record["seconds"]
         own = seconds["graphopt int8"]
         cells = [record["network"], record["form"]]
         cells += [f"{value * 1e3:.2f}" for value in seconds.values()]
-        ratios = [own / seconds[f"onnxruntime {kind}"] for kind in ("fp32", "int8")]
-        table.add_row(*cells, *(f"{ratio:.3f}" for ratio in ratios))
+        table.add_row(*cells, *(f"{own / seconds[peer]:.3f}" for peer in peers))
     console.print(table)
 
 
@@ -133,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", choices=IMAGES, default=list(IMAGES))
+    parser.add_argument("--networks", nargs="+", choices=[*IMAGES, *TOKENS])
     parser.add_argument("--blocks", nargs="+", default=["dense"], help="dense, 1x4, 2x4, 4x4")
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--threads", type=int, default=2)
@@ -144,7 +182,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    jobs = [(name, form) for name in options.networks for form in options.blocks]
+    networks = options.networks or [*IMAGES, *TOKENS]
+    jobs = [(name, form) for name in networks for form in options.blocks]
     records: list[dict[str, Any]] = []
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"int8-threads{options.threads}.json"

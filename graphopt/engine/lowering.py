@@ -82,7 +82,8 @@ def lower(graph: Graph, types: Mapping[Value, Type]) -> list[Work]:
     units = _fuse(scope, _units(scope))
     # Complete units need not read what their nodes do: integer kernels read bytes, not floats.
     read = _read(units)
-    done = {node for unit in units if unit.works for node in unit.nodes}
+    computing = {node for unit in units if not unit.works for node in unit.nodes}
+    done = set(graph.nodes) - computing
     works: list[Work] = []
     for unit in _ordered(units):
         works += _finish(scope, unit, read, done)
@@ -107,14 +108,25 @@ def _needed(graph: Graph, works: list[Work]) -> list[Work]:
 
 def _units(scope: Scope) -> list[Unit]:
     units = [Unit(list(unit.nodes), list(unit.works)) for unit in integer_units(scope)]
-    claimed = {node for unit in units for node in unit.nodes}
-    for node in scope.graph.nodes:
-        if node in claimed:
-            continue
+    for node in _others(scope.graph, units):
         if node.operator.is_size_arithmetic or not any(map(scope.is_tensor, node.outputs)):
             continue
         units.append(_unit(scope, node))
     return units
+
+
+def _others(graph: Graph, units: list[Unit]) -> list[Node]:
+    """The nodes that complete units leave to be computed, in the order of the graph: these units
+    may find out for themselves what nodes before them would, such as the scales of rows."""
+    claimed = {node for unit in units for node in unit.nodes}
+    wanted: set[object] = {value for value in graph.outputs if isinstance(value, Value)}
+    wanted |= _read(units)
+    others = []
+    for node in reversed(list(graph.nodes)):
+        if node not in claimed and not wanted.isdisjoint(node.outputs):
+            wanted.update(node.input_values())
+            others.append(node)
+    return others[::-1]
 
 
 def _unit(scope: Scope, node: Node) -> Unit:
@@ -164,7 +176,8 @@ class _Fusion:
 
     def is_private(self, value: Value, user: Unit) -> bool:
         """Whether nobody but a unit needs a value."""
-        return value not in self.kept and all(self.home.get(node) is user for node in value.users)
+        users = (self.home[node] for node in value.users if node in self.home)
+        return value not in self.kept and all(home is user for home in users)
 
     def between(self, early: Unit, late: Unit) -> bool:
         """Whether something outside of two units depends on the one and is needed by the other."""
@@ -256,7 +269,8 @@ def _fits(fusion: _Fusion, a: Unit, b: Unit) -> bool:
 
 
 def _finish(scope: Scope, unit: Unit, read: set[Value | Derived], done: set[Node]) -> list[Work]:
-    """A unit's works; ``read`` is what complete units read, which have the nodes ``done``."""
+    """A unit's works; ``read`` is what complete units read. Of the nodes ``done`` some belong to
+    them, and others need not be computed at all."""
     if unit.layer is not None:
         return [_finish_layer(scope, unit, unit.layer)]
     if not unit.drafts:

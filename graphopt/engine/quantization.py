@@ -131,22 +131,27 @@ def quantized_rows(value: Value) -> DynamicRows | None:
         return None
     source: Value = quantize["x"]
     rank, size = source.rank, source.shape[-1]
-    wanted = (None, rank - 1, -127, 127, torch.int8, size)
-    names = ("zero_point", "axis", "quant_min", "quant_max", "dtype", "block_size")
+    wanted = (None, rank - 1, 127, torch.int8, size)
+    names = ("zero_point", "axis", "quant_max", "dtype", "block_size")
     scale = quantize["scale"]
     for node in (quantize, dequantize):
         if tuple(node[name] for name in names) != wanted or node["scale"] is not scale:
+            return None
+        if node["quant_min"] not in (-128, -127):  # no step is below -127 with this scale
             return None
     least = _scale_of_largest(scale, source)
     return None if least is None else DynamicRows(source, least)
 
 
+_DIVISIONS = ("aten.div.Tensor", "aten.div.Scalar")
+
+
 def _scale_of_largest(scale: Value, source: Value) -> float | None:
     """The least scale, if a scale is that of the largest magnitude of each row of ``source``."""
     steps = []
-    for op in ("aten.clamp_min", "aten.div.Scalar", "aten.amax", "aten.abs"):
+    for ops in (("aten.clamp_min",), _DIVISIONS, ("aten.amax",), ("aten.abs",)):
         node = scale.producer
-        if node is None or node.op != op:
+        if node is None or node.op not in ops:
             return None
         steps.append(node)
         scale = node["self"]

@@ -230,7 +230,7 @@ def quantize_dynamically(graph: Graph, value: Value, readers: list[Node]) -> Non
     size = value.shape[-1]
     with graph.edit(), graph.inserting(readers[0]):
         largest = graph.add("aten.amax", graph.add("aten.abs", value), [-1], True)
-        scale = graph.add("aten.clamp_min", graph.add("aten.div.Scalar", largest, 127.0), 2.0**-100)
+        scale = graph.add("aten.clamp_min", graph.add("aten.div.Tensor", largest, 127.0), 2.0**-100)
         tail = (scale, None, value.rank - 1, -128, 127, torch.int8, size)
         steps = graph.add(QUANTIZE, value, *tail, name=f"{value.name}_q")
         back = graph.add(DEQUANTIZE, steps, *tail, name=f"{value.name}_dq")

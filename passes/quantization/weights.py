@@ -20,6 +20,10 @@ BIAS_LIMIT = 2**30
 """Largest magnitude of a bias in steps: the sum of products fits into int32 beside it."""
 
 
+_AT_A_TIME = 2**16
+"""Weights for which scales are searched at a time, so that what is computed stays in a cache."""
+
+
 @dataclass(frozen=True)
 class WeightFormat:
     """How weights are stored.
@@ -52,7 +56,9 @@ class WeightFormat:
         largest = rows.abs().amax(-1).double()
         scale = largest / self.limit
         if self.bits < 8:
-            scale = self._least_error(rows.double(), scale, importance)
+            count = max(1, _AT_A_TIME * len(rows) // rows.numel())
+            parts = zip(rows.split(count), scale.split(count), strict=True)
+            scale = torch.cat([self._least_error(r.double(), s, importance) for r, s in parts])
         # A dead channel has no magnitude; any step stores its zeros.
         scale = torch.where(largest > 0, scale.clamp_min(LEAST_SCALE), 1.0).float()
         return scale if self.group_size is not None or self.per_channel else scale.reshape(())

@@ -16,10 +16,13 @@ from quantized_graphs import (
     weight,
 )
 from test_lowering import new_graph, plan_of
+from torch import nn
 
+import graphopt
 from graphopt import reference
 from graphopt.engine import Plan
 from graphopt.ir import Graph, Value
+from graphopt.passes import Quantize
 
 
 def check(
@@ -280,12 +283,16 @@ def test_a_linear_layer_whose_weight_alone_is_quantized(
     torch.testing.assert_close(plan.run(given)[0].double(), expected, rtol=1e-5, atol=1e-4 * limit)
 
 
+@pytest.mark.parametrize("least", [-127, -128])
+@pytest.mark.parametrize("division", ["aten.div.Tensor", "aten.div.Scalar"])
 @pytest.mark.parametrize("shape", [(1, 32), (2, 5, 32)])
-def test_a_linear_layer_whose_rows_are_quantized_on_the_way(shape: tuple[int, ...]) -> None:
+def test_a_linear_layer_whose_rows_are_quantized_on_the_way(
+    shape: tuple[int, ...], division: str, least: int
+) -> None:
     graph, (x,) = new_graph(shape)
     largest = graph.add("aten.amax", graph.add("aten.abs", x), [-1], True)
-    scale = graph.add("aten.clamp_min", graph.add("aten.div.Scalar", largest, 127.0), 2.0**-100)
-    scheme_of_rows = (scale, None, len(shape) - 1, -127, 127, torch.int8, 32)
+    scale = graph.add("aten.clamp_min", graph.add(division, largest, 127.0), 2.0**-100)
+    scheme_of_rows = (scale, None, len(shape) - 1, least, 127, torch.int8, 32)
     q = graph.add("graphopt.quantize", x, *scheme_of_rows)
     rows = graph.add("graphopt.dequantize", q, *scheme_of_rows)
     own, _ = weight(graph, 24, 32)
@@ -297,3 +304,14 @@ def test_a_linear_layer_whose_rows_are_quantized_on_the_way(shape: tuple[int, ..
     given = torch.randn(shape)
     (expected,) = reference.run(graph, [given], dtype=None)
     torch.testing.assert_close(plan.run(given)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_pass_makes_of_layers_without_calibration_has_kernels() -> None:
+    model = nn.Sequential(nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 16)).eval()
+    x = torch.randn(5, 32)
+    graph = graphopt.optimize(model, x, [Quantize(activations="dynamic")]).graph
+    plan = plan_of(graph)
+    # Nothing else: the kernels find the scales of rows, and no step computes their magnitudes.
+    assert kernels_of(plan) == ["dynamic matmul", "pointwise gelu", "dynamic matmul"]
+    (expected,) = reference.run(graph, [x])
+    torch.testing.assert_close(plan.run(x)[0], expected, rtol=1e-5, atol=1e-5)
