@@ -15,6 +15,7 @@ import torch
 from graphopt.engine import selection as selecting
 from graphopt.engine.builder import ProgramBuilder
 from graphopt.engine.lowering import lower
+from graphopt.engine.parts import PartsProgram, part_keys, part_sizes
 from graphopt.engine.program import Program
 from graphopt.engine.selection import Selection
 from graphopt.engine.threads import default_threads
@@ -35,6 +36,12 @@ from graphopt.kernels.registry import Candidate
 ALONE_BELOW = 40e-6
 """Seconds of work under which waking another thread costs more than it brings."""
 
+
+WORTH_PARTS = 2**21
+"""Bytes of an arena below which a batch is not tried in parts: its values stay in the caches."""
+
+TURNS_OF_PARTS = 3
+"""How often a batch is timed as a whole and in parts."""
 
 COMPUTED = object()
 """Stands among a plan's literals for an output that the program computes."""
@@ -70,7 +77,7 @@ class Plan:
     def __init__(
         self,
         graph: Graph,
-        program: Program,
+        program: Program | PartsProgram,
         sizes: Mapping[str, int],
         steps: Sequence[PlanStep],
         packed: dict[tuple[object, ...], list[np.ndarray]],
@@ -97,7 +104,7 @@ class Plan:
         return [(step, t) for step, (_, t) in zip(self.steps, measured, strict=True)]
 
 
-def random_inputs(program: Program) -> list[torch.Tensor]:
+def random_inputs(program: Program | PartsProgram) -> list[torch.Tensor]:
     """Inputs of the right shapes and dtypes; integers are 0, which every table of indices has."""
     generator = torch.Generator().manual_seed(0)
     return [
@@ -118,6 +125,9 @@ def compile_graph(
 ) -> Plan:
     """Choose kernels for a graph, lay out its memory and write its program.
 
+    A batch whose entries do not depend on one another is computed in parts where that was
+    measured to be faster.
+
     Args:
         graph: what is to be computed.
         sizes: the free sizes; by default the example's.
@@ -131,35 +141,97 @@ def compile_graph(
         SelectionError: no kernel solves a problem.
     """
     sizes = graph.sizes if sizes is None else sizes
-    types = graph.types_under(sizes)
-    works = lower(graph, types)
-    writer = _Writer(graph, threads, selection or Selection.default(), like)
-    for value in graph.inputs:
-        kind = types[value]
-        assert isinstance(kind, TensorType)
-        writer.builder.add_input(value, kind.shape, kind.dtype)
-    read = {value for work in works for value in work.inputs}
-    for value in graph.constants:
-        if value in read or value.is_output:
-            assert value.constant is not None
-            writer.builder.add_constant(value, value.constant)
-    for work, contenders in zip(works, writer.contenders(works), strict=True):
-        for value in work.outputs:
+    selection = selection or Selection.default()
+    one = _Compilation(graph, dict(sizes), threads, selection, like)
+    parts = part_sizes(graph, sizes) if selection.measure else []
+    if not parts:
+        return one.whole()
+    batch, keys = next(iter(sizes.values())), part_keys(graph, sizes, threads, parts)
+    known = selecting.remembered(keys)
+    if known is not None:
+        return one.in_parts(min(zip(known, [batch, *parts], strict=True))[1])
+    whole = one.whole()
+    if whole.run.arena_bytes < WORTH_PARTS:
+        return whole
+    plans = [whole, *map(one.in_parts, parts)]
+    times = _least_times(plans)
+    selecting.remember(dict(zip(keys, times, strict=True)))
+    selecting.save()
+    return plans[times.index(min(times))]
+
+
+def _least_times(plans: Sequence[Plan]) -> list[float]:
+    """Least seconds of a call of each, on random inputs; they take turns."""
+    inputs = random_inputs(plans[0].run)
+    least = [math.inf] * len(plans)
+    for turn in range(1 + TURNS_OF_PARTS):
+        for place, plan in enumerate(plans):
+            start = time.perf_counter()
+            plan.run(*inputs)
+            if turn:
+                least[place] = min(least[place], time.perf_counter() - start)
+    return least
+
+
+class _Compilation:
+    """Plans of one graph: of a whole batch, and of a part of it that is run several times."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        sizes: dict[str, int],
+        threads: int,
+        selection: Selection,
+        like: Plan | None,
+    ) -> None:
+        self._graph = graph
+        self._sizes = sizes
+        self._threads = threads
+        self._selection = selection
+        self._like = like
+
+    def whole(self) -> Plan:
+        return self._plan(self._sizes)
+
+    def in_parts(self, size: int) -> Plan:
+        """A plan that computes so many entries of the batch at a time."""
+        ((name, batch),) = self._sizes.items()
+        part = self._plan({name: size})
+        if size == batch:
+            return part
+        program = PartsProgram(part.run, batch // size)
+        return Plan(self._graph, program, self._sizes, part.steps, part.packed, part.literals)
+
+    def _plan(self, sizes: dict[str, int]) -> Plan:
+        graph, types = self._graph, self._graph.types_under(sizes)
+        works = lower(graph, types)
+        writer = _Writer(graph, self._threads, self._selection, self._like)
+        for value in graph.inputs:
             kind = types[value]
             assert isinstance(kind, TensorType)
-            writer.declare(work, value, kind)
-        writer.add(work, contenders)
-    literals: list[Any] = []
-    for output in graph.outputs:
-        result = types[output] if isinstance(output, Value) else output
-        if isinstance(result, TensorType):
-            writer.builder.add_output(output)
-            literals.append(COMPUTED)
-        else:
-            literals.append(result.value if isinstance(result, ScalarType) else result)
-    selecting.save()
-    program = writer.builder.build(threads, alone_below=ALONE_BELOW)
-    return Plan(graph, program, sizes, writer.steps, writer.packed, literals)
+            writer.builder.add_input(value, kind.shape, kind.dtype)
+        read = {value for work in works for value in work.inputs}
+        for value in graph.constants:
+            if value in read or value.is_output:
+                assert value.constant is not None
+                writer.builder.add_constant(value, value.constant)
+        for work, contenders in zip(works, writer.contenders(works), strict=True):
+            for value in work.outputs:
+                kind = types[value]
+                assert isinstance(kind, TensorType)
+                writer.declare(work, value, kind)
+            writer.add(work, contenders)
+        literals: list[Any] = []
+        for output in graph.outputs:
+            result = types[output] if isinstance(output, Value) else output
+            if isinstance(result, TensorType):
+                writer.builder.add_output(output)
+                literals.append(COMPUTED)
+            else:
+                literals.append(result.value if isinstance(result, ScalarType) else result)
+        selecting.save()
+        program = writer.builder.build(self._threads, alone_below=ALONE_BELOW)
+        return Plan(graph, program, sizes, writer.steps, writer.packed, literals)
 
 
 class _Writer:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import llvmlite
@@ -105,19 +105,13 @@ def decide(
     times = _known_times(timed, threads)
     if times is None:
         times = measure(timed, constants, threads)
-        found = dict(zip((_key(one, threads) for one in timed), times, strict=True))
-        with _lock:
-            _table().update(found)
-            _unsaved.update(found)
+        remember(dict(zip((_key(one, threads) for one in timed), times, strict=True)))
     return timed[times.index(min(times))]
 
 
 def _known_times(timed: Sequence[Candidate], threads: int) -> list[float] | None:
     """Seconds of each candidate, if those of all are remembered."""
-    with _lock:
-        times = [_table().get(_key(candidate, threads)) for candidate in timed]
-    known = [seconds for seconds in times if seconds is not None]
-    return known if len(known) == len(timed) else None
+    return remembered([_key(candidate, threads) for candidate in timed])
 
 
 def measure(
@@ -212,6 +206,21 @@ _unsaved: dict[str, float] = {}
 def _key(candidate: Candidate, threads: int) -> str:
     text = "\0".join((candidate.kernel, candidate.problem.key(), str(threads)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def remembered(keys: Sequence[str]) -> list[float] | None:
+    """The seconds that each key stands for, if those of all are remembered."""
+    with _lock:
+        times = [_table().get(key) for key in keys]
+    known = [seconds for seconds in times if seconds is not None]
+    return known if len(known) == len(keys) else None
+
+
+def remember(times: Mapping[str, float]) -> None:
+    """Remember seconds; `save` writes them to disk."""
+    with _lock:
+        _table().update(times)
+        _unsaved.update(times)
 
 
 def _file() -> str:
