@@ -25,6 +25,7 @@ from graphopt.kernels import (
     sparse_integer_convolution,
     sparse_matmul,
     sparse_vector,
+    strided_winograd,
     weight_only_matmul,
     winograd,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "sparse_integer_convolution",
     "sparse_matmul",
     "sparse_vector",
+    "strided_winograd",
     "weight_only_matmul",
     "winograd",
 ]

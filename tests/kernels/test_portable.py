@@ -48,6 +48,7 @@ SELECTION = [
     "test_sparse_vector.py::test_one_row",
     "test_weight_only_matmul.py::test_sizes",
     "test_sparse_vector.py::test_a_zero_weight_multiplies_nothing",
+    "test_strided_winograd.py::test_shapes",
     "test_winograd.py::test_shapes",
 ]
 TARGETS = {

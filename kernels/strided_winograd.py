@@ -1,0 +1,434 @@
+"""Dense 7 x 7 convolutions with stride 2 over few channels in float32 with fewer multiplications.
+
+Every other pixel, and every other weight, in both directions are four phases: convolutions of 4 x 4
+(and 4 x 3, 3 x 4, 3 x 3) with stride 1, whose sum the result is. Each is done by minimal filtering,
+F(2 x 2, 4 x 4) over the points 0, 1, -1, 1/2 and infinity (after A. Lavin and S. Gray, "Fast
+algorithms for convolutional neural networks", 2016): 100 multiplications for the 2 x 2 results of a
+tile in place of 196. Between the transformations the products of all phases of all channels are
+summed, a column of a tile at a time for some output channels, whose sums never leave the registers
+before their first transformation.
+
+Results differ from the exact ones about twice as much as those of other kernels. Where a pixel is
+infinite or not a number, so is every result of the tiles that contain it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.kernels import source
+from graphopt.kernels.convolution import Image, epilogue_starts, image_epilogue, image_of
+from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
+from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.registry import (
+    Argument,
+    Candidate,
+    Input,
+    Output,
+    Packed,
+    Scratch,
+    Step,
+    aligned_empty,
+    register,
+)
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import (
+    CYCLES_PER_SECOND,
+    VECTORS_PER_CYCLE,
+    VOCABULARY,
+    WORTH_SHARING,
+    Epilogue,
+    fill,
+)
+
+_SIDE = 5
+"""Pixels of a phase that a tile sees in one direction."""
+_POSITIONS = _SIDE**2
+_PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+_PIXELS = 9
+"""Pixels of the image that a tile sees in one direction."""
+_AT_ONCE = 4 if LANES == 16 else 2
+"""Output channels whose sums for a column of a tile fit the registers."""
+_MOST_CHANNELS = 16
+_LEAST_OUTPUTS = 16
+_SECOND_CACHE = 700_000
+"""Bytes of pixels and products that the second cache holds beside what passes through it."""
+
+WEIGHT_TRANSFORM = np.array(
+    [[2, 0, 0, 0], [1, 1, 1, 1], [-1 / 3, 1 / 3, -1 / 3, 1 / 3], [-8 / 3, -4 / 3, -2 / 3, -1 / 3],
+     [0, 0, 0, 1]]
+)  # fmt: skip
+"""G of the paper: a kernel g becomes ``G @ g @ G.T``."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the work is cut into tasks: blocks of rows of tiles."""
+
+    rows: int
+    across: int
+    row_blocks: int
+
+    @property
+    def rows_per_block(self) -> int:
+        return math.ceil(self.rows / self.row_blocks)
+
+    @property
+    def pitch(self) -> int:
+        """Tiles of a block, up to whole vectors."""
+        return math.ceil(self.rows_per_block * self.across / LANES) * LANES
+
+    @property
+    def stream(self) -> int:
+        """Pixels of a row of the image that are four apart, with those that the last tile sees."""
+        return (math.ceil(self.across / LANES) + 1) * LANES
+
+
+@dataclass(frozen=True)
+class StridedWinogradCandidate(Candidate):
+    """The one schedule."""
+
+    problem: ConvolutionProblem
+    image: Image
+
+    def packing(self) -> tuple[()]:
+        return ()
+
+    def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        weight = constants[1]
+        assert weight is not None
+        image, groups = self.image, _groups(self.image)
+        rows = np.zeros((groups * _AT_ONCE, image.channels, 8, 8))
+        rows[: image.outputs, :, :7, :7] = weight
+        phases = rows.reshape(*rows.shape[:2], 4, 2, 4, 2)
+        turned = np.einsum("ik,ockald,jl->ojcadi", WEIGHT_TRANSFORM, phases, WEIGHT_TRANSFORM)
+        turned = turned.reshape(groups, _AT_ONCE, _SIDE, 4 * image.channels, _SIDE)
+        packed = aligned_empty((turned.size,), np.float32)
+        packed[:] = turned.transpose(0, 2, 3, 4, 1).reshape(-1)
+        return [packed]
+
+    def scratch_bytes(self, threads: int) -> int:
+        team = self._team(threads)
+        return team * sum(_scratch(self.image, _cut(self.image, team)))
+
+    def _team(self, threads: int) -> int:
+        return threads if self.estimate > WORTH_SHARING else 1
+
+    def build(self, threads: int) -> tuple[Step, ...]:
+        team = self._team(threads)
+        block, epilogue = self._arguments(_cut(self.image, team))
+        text = kernel_text(block, _lines(epilogue), VOCABULARY)
+        entry = source.build("strided_winograd", text)
+        return (Step(entry, (*block.values, *epilogue.immediates), team > 1),)
+
+    def _arguments(self, cut: _Cut) -> tuple[Arguments, Epilogue]:
+        image, block = self.image, Arguments()
+        streams_bytes, pixels_bytes, columns_bytes = _scratch(image, cut)
+        values: dict[str, Argument] = {
+            "x": Input(0), "weight": Packed(0), "y": Output(0), "scratch": Scratch(),
+            "thread_scratch": streams_bytes + pixels_bytes + columns_bytes,
+            "streams_bytes": streams_bytes, "pixels_bytes": pixels_bytes,
+            "channels": image.channels, "outputs": image.outputs,
+            "height": image.size[0], "width": image.size[1],
+            "out_height": image.out_size[0], "out_width": image.out_size[1],
+            "top": image.start[0], "left": image.start[1],
+            "rows_of_tiles": cut.rows, "across": cut.across, "pitch": cut.pitch,
+            "stream": 4 * cut.stream, "stream_rows": _stream_rows(cut),
+            "row_blocks": cut.row_blocks, "groups": _groups(image),
+            "tasks": image.batch * cut.row_blocks,
+        }  # fmt: skip
+        for name, value in values.items():
+            block.add(name, value)
+        return block, image_epilogue(self.problem, image, block)
+
+
+@register(ConvolutionProblem)
+def candidates(problem: ConvolutionProblem) -> list[Candidate]:
+    """For first layers: kernels of 7 x 7 that move by two pixels over few channels."""
+    problem.check()
+    image = image_of(problem)
+    if image is None or image.kernel != (7, 7) or problem.outputs[0].size == 0:
+        return []
+    if image.stride != (2, 2) or image.dilation != (1, 1) or image.groups > 1:
+        return []
+    if image.channels > _MOST_CHANNELS or image.outputs < _LEAST_OUTPUTS:
+        return []
+    seconds = _cycles(image, _cut(image, 1), 1) / CYCLES_PER_SECOND
+    return [StridedWinogradCandidate("winograd 2x2 strided", problem, seconds, image)]
+
+
+def _groups(image: Image) -> int:
+    """Groups of output channels that are computed at once."""
+    return math.ceil(image.outputs / _AT_ONCE)
+
+
+def _stream_rows(cut: _Cut) -> int:
+    """Rows of the image that a block of rows of tiles sees."""
+    return 4 * cut.rows_per_block + _PIXELS - 4
+
+
+def _scratch(image: Image, cut: _Cut) -> tuple[int, int, int]:
+    """Bytes of a thread's streams of pixels, of its transformed pixels, and of columns of products
+    that were transformed once.
+
+    The last vector of a row of tiles reaches into what follows, so that there is a vector more; so
+    there is behind the streams, beside two rows of pixels that are two apart.
+    """
+    rows = image.channels * _stream_rows(cut)
+    streams = 4 * (rows * 4 * cut.stream + 2 * (2 * cut.stream + LANES) + LANES)
+    pixels = 4 * _POSITIONS * (4 * image.channels * cut.pitch + LANES)
+    columns = 4 * 2 * _SIDE * _AT_ONCE * (cut.pitch + LANES)
+    return streams, pixels, columns
+
+
+@functools.cache
+def _cut(image: Image, threads: int) -> _Cut:
+    """The cut with the shortest time for the thread that has most to do."""
+    return min(_cuts(image), key=lambda cut: _cycles(image, cut, threads))
+
+
+def _cuts(image: Image) -> Iterator[_Cut]:
+    rows, across = (math.ceil(size / 2) for size in image.out_size)
+    for row_blocks in range(1, rows + 1):
+        yield _Cut(rows, across, row_blocks)
+
+
+def _cycles(image: Image, cut: _Cut, threads: int) -> float:
+    """Cycles of the thread that has most to do, roughly."""
+    tasks = image.batch * cut.row_blocks
+    row_vectors = cut.rows_per_block * math.ceil(cut.across / LANES)
+    vectors = cut.pitch // LANES
+    outputs = _groups(image) * _AT_ONCE
+    product = _POSITIONS * vectors * outputs * 4.4 * image.channels / VECTORS_PER_CYCLE
+    splitting = 40 * image.channels * _stream_rows(cut) * cut.stream / LANES
+    turning = (vectors + row_vectors) * 40 * outputs + row_vectors * 600 * image.channels
+    cycles = product + splitting + turning / VECTORS_PER_CYCLE + 500
+    if sum(_scratch(image, cut)) > _SECOND_CACHE:
+        cycles *= 1.3
+    return math.ceil(tasks / threads) * cycles
+
+
+# -- the kernel's body ---------------------------------------------------------------------------
+
+
+def _lines(epilogue: Epilogue) -> list[str]:
+    parts = {
+        "prologue": epilogue.prologue(),
+        "share": SHARE,
+        "turn pixels": [line for phase in range(len(_PHASES)) for line in _turn_rows(phase)],
+        "no sums": [f"{name} = nothing" for name in _sums()],
+        "multiply": _multiply(),
+        "turn columns": _turn_columns(),
+        "finish": _finish(epilogue),
+    }
+    return fill(_BODY, parts, {"AT_ONCE": _AT_ONCE, "SIDE": _SIDE})
+
+
+def _turn_rows(phase: int) -> list[str]:
+    """Lines that transform one phase of a channel's pixels, for all rows of tiles."""
+    body = [
+        "number = channel * stream_rows + 4 * (row - first_row)",
+        "place = streams + number * 4 * stream + 4 * column",
+        f"target = own_pixels + 4 * (4 * channel + {phase}) * pitch",
+        "target += 4 * ((row - first_row) * across + column)",
+        *_turn_pixels(phase),
+        "row += 1",
+    ]
+    return ["row = first_row", "while row < last_row:", *indent(1, body)]
+
+
+def _turn_pixels(phase: int) -> list[str]:
+    """Lines that store ``B.T @ d @ B`` of the tiles' pixels d of one phase.
+
+    The kernel of an odd phase has three taps: its fifth pixel meets no weight, and counts as zero.
+    """
+    odd_rows, odd_columns = _PHASES[phase]
+    height, width = _SIDE - odd_rows, _SIDE - odd_columns
+    lines = []
+    for y in range(height):
+        for x in range(width):
+            row, column = 2 * y + odd_rows, 2 * x + odd_columns
+            place = f"place + {4 * row + column % 4} * stream + {4 * (column // 4)}"
+            lines.append(f"d{y}{x} = load({place}, FLOAT32)")
+    for x in range(width):
+        turned = [f"t{y}{x}" for y in range(_SIDE)]
+        lines += _turned([f"d{y}{x}" for y in range(height)], turned)
+    for y in range(_SIDE):
+        names = [f"r{x}" for x in range(_SIDE)]
+        lines += _turned([f"t{y}{x}" for x in range(width)], names)
+        for x, name in enumerate(names):
+            lines.append(f"store(target + {_SIDE * y + x} * position, {name})")
+    return lines
+
+
+def _turned(d: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Lines that multiply pixels by ``B.T``; a fifth pixel that is not there is zero."""
+    last = f"{d[4]} - {d[2]}" if len(d) > 4 else f"nothing - {d[2]}"
+    return [
+        f"{names[3]} = {d[3]} - {d[1]}",
+        f"{names[0]} = fma({d[0]} - {d[2]}, half, {names[3]})",
+        f"{names[1]} = fma({d[2]} - {d[1]}, half, {d[3]})",
+        f"{names[2]} = fma({d[1]}, half, fma({d[2]}, less, {d[3]}))",
+        f"{names[4]} = fma({names[3]}, minus, {last})",
+    ]
+
+
+def _sums() -> list[str]:
+    """The sums of products of a column of a tile, by row and output channel."""
+    return [f"s{y}{output}" for y in range(_SIDE) for output in range(_AT_ONCE)]
+
+
+def _multiply() -> list[str]:
+    """Lines that add the products of one channel's phase: pixels at ``b``, weights at ``a``."""
+    lines = [f"b{y} = load(b + {_SIDE * y} * position, FLOAT32)" for y in range(_SIDE)]
+    for place, name in enumerate(_sums()):
+        weight = f"broadcast(read(a + {4 * place}, FLOAT32), FLOAT32)"
+        lines.append(f"{name} = fma({weight}, b{name[1]}, {name})")
+    return lines
+
+
+def _turn_columns() -> list[str]:
+    """Lines that store ``A.T`` times the sums of a column."""
+    lines = []
+    for output in range(_AT_ONCE):
+        s = [f"s{y}{output}" for y in range(_SIDE)]
+        lines += [
+            f"store(c + {2 * output} * plane, {s[0]} + {s[1]} + {s[2]} + {s[3]})",
+            f"store(c + {2 * output + 1} * plane, fma({s[3]}, half, {s[1]} - {s[2]} + {s[4]}))",
+        ]
+    return lines
+
+
+def _finish(epilogue: Epilogue) -> list[str]:
+    """Lines that multiply columns of tiles by ``A`` from the right, finish and store them."""
+    lines = [
+        f"t{y}{x} = load(origin + ({2 * _AT_ONCE * x} + {y}) * plane, FLOAT32)"
+        for y in range(2)
+        for x in range(_SIDE)
+    ]
+    lines += ["present = out_width - 2 * column"]
+    for y in range(2):
+        values = [
+            f"even = t{y}0 + t{y}1 + t{y}2 + t{y}3",
+            f"odd = fma(t{y}3, half, t{y}1 - t{y}2 + t{y}4)",
+            "low = interleave_low(even, odd)",
+            "high = interleave_high(even, odd)",
+            f"start = (2 * row + {y}) * out_width + 2 * column",
+            "c = result + 4 * start",
+            *epilogue_starts(epilogue),
+            *epilogue.row_lines(),
+        ]
+        for vector, name in enumerate(("low", "high")):
+            mask = f"mask_first(present - {vector} * LANES, FLOAT32)"
+            values += epilogue.register_lines(name, vector, mask)
+        lines += [f"if 2 * row + {y} < out_height:", *indent(1, values)] if y else values
+    return lines
+
+
+_BODY = """
+<prologue>
+streams = scratch + thread * thread_scratch
+own_pixels = streams + streams_bytes
+columns = own_pixels + pixels_bytes
+evens = streams + channels * stream_rows * 4 * stream
+odds = evens + 2 * stream + 4 * LANES
+stream_vectors = stream // (4 * LANES)
+half = broadcast(0.5, FLOAT32)
+minus = broadcast(-0.5, FLOAT32)
+less = broadcast(-1.5, FLOAT32)
+nothing = broadcast(0.0, FLOAT32)
+whole = mask_first(LANES, FLOAT32)
+depth = 4 * channels
+position = 4 * (depth * pitch + LANES)
+plane = 4 * (pitch + LANES)
+vectors = pitch // LANES
+<share>
+while task < stop:
+    image = task // row_blocks
+    row_block = task - image * row_blocks
+    first_row = row_block * rows_of_tiles // row_blocks
+    last_row = (row_block + 1) * rows_of_tiles // row_blocks
+    seen = 4 * (last_row - first_row) + 5
+    # Rows of pixels become four streams of every fourth.
+    channel = 0
+    while channel < channels:
+        number = 0
+        while number < seen:
+            line = 4 * first_row - top + number
+            target = streams + (channel * stream_rows + number) * 4 * stream
+            vector = 0
+            if 0 <= line < height:
+                place = x + 4 * (((image * channels + channel) * height + line) * width - left)
+                while vector < 2 * stream_vectors:
+                    first = 2 * vector * LANES - left
+                    m0 = mask_between(first, 1, width, FLOAT32)
+                    h0 = mask_between(first + LANES, 1, width, FLOAT32)
+                    m1 = mask_between(first + 1, 1, width, FLOAT32)
+                    h1 = mask_between(first + 1 + LANES, 1, width, FLOAT32)
+                    origin = place + 8 * vector * LANES
+                    store(evens + 4 * vector * LANES, load_even(origin, FLOAT32, m0, h0))
+                    store(odds + 4 * vector * LANES, load_even(origin + 4, FLOAT32, m1, h1))
+                    vector += 1
+                vector = 0
+                while vector < stream_vectors:
+                    step = 8 * vector * LANES
+                    into = target + 4 * vector * LANES
+                    store(into, load_even(evens + step, FLOAT32, whole, whole))
+                    store(into + stream, load_even(odds + step, FLOAT32, whole, whole))
+                    store(into + 2 * stream, load_even(evens + step + 4, FLOAT32, whole, whole))
+                    store(into + 3 * stream, load_even(odds + step + 4, FLOAT32, whole, whole))
+                    vector += 1
+            else:
+                while vector < 4 * stream_vectors:
+                    store(target + 4 * vector * LANES, nothing)
+                    vector += 1
+            number += 1
+        channel += 1
+    # Vectors reach beyond their row of tiles; what they spoil is written later.
+    column = (across - 1) // LANES * LANES
+    while column >= 0:
+        channel = 0
+        while channel < channels:
+            <turn pixels>
+            channel += 1
+        column -= LANES
+    group = 0
+    while group < groups:
+        side = 0
+        while side < SIDE:
+            vector = 0
+            while vector < vectors:
+                a = weight + 4 * (group * SIDE + side) * depth * SIDE * AT_ONCE
+                b = own_pixels + side * position + 4 * vector * LANES
+                c = columns + 2 * AT_ONCE * side * plane + 4 * vector * LANES
+                <no sums>
+                channel = 0
+                while channel < depth:
+                    <multiply>
+                    a += 4 * SIDE * AT_ONCE
+                    b += 4 * pitch
+                    channel += 1
+                <turn columns>
+                vector += 1
+            side += 1
+        channel = group * AT_ONCE
+        while channel < min(outputs, (group + 1) * AT_ONCE):
+            result = y + 4 * (image * outputs + channel) * out_height * out_width
+            row = first_row
+            while row < last_row:
+                column = 0
+                while column < across:
+                    origin = columns + 2 * (channel - group * AT_ONCE) * plane
+                    origin += 4 * ((row - first_row) * across + column)
+                    <finish>
+                    column += LANES
+                row += 1
+            channel += 1
+        group += 1
+    task += 1
+"""
