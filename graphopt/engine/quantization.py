@@ -1,15 +1,21 @@
-"""What quantize and dequantize nodes say, as far as integer kernels understand it."""
+"""What quantize and dequantize nodes say, as far as integer kernels understand it.
+
+Kernels know unsigned bytes. Steps in int8 that nobody but dequantize nodes reads are kept as such:
+128 more each, as are their zero point and limits, which are the same numbers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from graphopt.engine.work import Scope
-from graphopt.ir import Node, Value
+from graphopt.ir import Graph, Node, TensorType, Type, Value
 
 QUANTIZE, DEQUANTIZE = "graphopt.quantize", "graphopt.dequantize"
+_HALF = 128
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,43 @@ class Scheme:
 
 
 def scheme(node: Node | None, op: str) -> Scheme | None:
-    """The scheme of a quantize or dequantize node; None where it has none of a whole tensor."""
+    """The scheme of a quantize or dequantize node, as its integers are kept; None where it has
+    none of a whole tensor."""
+    found = _stated(node, op)
+    if node is None or found is None:
+        return None
+    if not is_kept_unsigned(node.output if op == QUANTIZE else node["x"]):
+        return found
+    zero_point, low, high = (n + _HALF for n in (found.zero_point, found.low, found.high))
+    return Scheme(found.scale, zero_point, low, high)
+
+
+def is_kept_unsigned(value: Value) -> bool:
+    """Whether a value is int8 steps that are kept as bytes, 128 more each: those of a whole tensor
+    of floats that only dequantize nodes with the same scheme read."""
+    made = value.producer
+    stated = _stated(made, QUANTIZE)
+    if made is None or stated is None or value.is_output or value.dtype != torch.int8:
+        return False
+    source: Value = made["x"]
+    if source.is_constant or source.dtype != torch.float32:
+        return False
+    return all(_stated(user, DEQUANTIZE) == stated for user in value.users)
+
+
+def kept_types(graph: Graph, types: Mapping[Value, Type]) -> dict[Value, Type]:
+    """The types of values as they are kept."""
+    kept = dict(types)
+    for node in graph.nodes:
+        if node.op == QUANTIZE and is_kept_unsigned(node.output):
+            kind = types[node.output]
+            assert isinstance(kind, TensorType)
+            kept[node.output] = TensorType(torch.uint8, kind.shape)
+    return kept
+
+
+def _stated(node: Node | None, op: str) -> Scheme | None:
+    """The scheme as a node states it."""
     if node is None or node.op != op or node["axis"] is not None:
         return None
     scale, zero_point = node["scale"], node["zero_point"]

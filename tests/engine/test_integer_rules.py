@@ -11,7 +11,6 @@ from quantized_graphs import (
     dequantized,
     layer,
     quantized,
-    scheme,
     through_bytes,
     weight,
 )
@@ -218,45 +217,62 @@ def test_an_image_that_both_kinds_of_kernels_read() -> None:
     check(graph, (1, 8, 9, 9), step=0.05)
 
 
-def test_bytes_that_are_an_output_lie_in_plain_order() -> None:
+DTYPES = pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+
+
+@DTYPES
+def test_bytes_that_are_an_output_lie_in_plain_order(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((1, 6, 5, 5))
-    x = through_bytes(graph, x, 0.03, 120)
+    x = through_bytes(graph, x, 0.03, 120, dtype)
     y = layer(graph, x, "aten.conv2d", 6, 6, 1, 1, scale=0.03)
-    graph.set_outputs([quantized(graph, y, 0.05, 128)])
+    graph.set_outputs([quantized(graph, y, 0.05, 128, dtype)])
     check(graph, (1, 6, 5, 5), step=1.0)
 
 
-def test_bytes_read_with_another_scale_lie_in_plain_order() -> None:
+@DTYPES
+def test_bytes_read_with_another_scale_lie_in_plain_order(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((1, 6, 5, 5))
-    q = quantized(graph, x, 0.03, 120)
-    other = scheme(graph, 0.05, 110)
-    y = graph.add("graphopt.dequantize", q, *other, None, 0, 255, torch.uint8)
-    graph.set_outputs([y, dequantized(graph, q)])
+    q = quantized(graph, x, 0.03, 120, dtype)
+    graph.set_outputs([dequantized(graph, q, 0.05), dequantized(graph, q)])
     check(graph, (1, 6, 5, 5), step=0.03)
 
 
-def test_a_network_keeps_bytes_between_its_layers() -> None:
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 6, 5, 5), (4, 7)])
+def test_bytes_that_other_operators_read_are_as_they_are(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    graph, (x,) = new_graph(shape)
+    q = quantized(graph, x, 0.03, 120, dtype)
+    more = graph.add("aten.to.dtype", q, torch.int32)
+    graph.set_outputs([dequantized(graph, q), more, graph.add("aten.cumsum", q, 1)])
+    check(graph, shape, step=0.03)
+
+
+@DTYPES
+def test_a_network_keeps_bytes_between_its_layers(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((1, 3, 20, 20), batch=False)
-    x = through_bytes(graph, x, 0.03, 120)
+    x = through_bytes(graph, x, 0.03, 120, dtype)
     y = layer(graph, x, "aten.conv2d", 8, 3, 3, 3, scale=0.03, stride=[2, 2], padding=[1, 1])
-    y = through_bytes(graph, graph.add("aten.relu6", y), 0.03, 0)
+    y = through_bytes(graph, graph.add("aten.relu6", y), 0.03, 0, dtype)
     y = layer(graph, y, "aten.conv2d", 8, 1, 3, 3, scale=0.03, padding=[1, 1], groups=8)
-    y = first = through_bytes(graph, graph.add("aten.relu6", y), 0.02, 0)
+    y = first = through_bytes(graph, graph.add("aten.relu6", y), 0.02, 0, dtype)
     y = layer(graph, y, "aten.conv2d", 8, 8, 1, 1, scale=0.02)
-    y = through_bytes(graph, graph.add("aten.add.Tensor", y, first), 0.03, 80)
+    y = through_bytes(graph, graph.add("aten.add.Tensor", y, first), 0.03, 80, dtype)
     y = graph.add("aten.flatten.using_ints", graph.add("aten.mean.dim", y, [2, 3], True), 1)
-    y = layer(graph, through_bytes(graph, y, 0.01, 80), "aten.linear", 10, 8, scale=0.01)
+    y = layer(graph, through_bytes(graph, y, 0.01, 80, dtype), "aten.linear", 10, 8, scale=0.01)
     graph.set_outputs([y])
     plan = check(graph, (1, 3, 20, 20), steps=8, step=0.01)
     assert len(plan.steps) == 6
     assert len(integer_kernels(plan)) == 5
 
 
-def test_bytes_that_a_reduction_yields_are_kept_for_a_layer() -> None:
+@DTYPES
+def test_bytes_that_a_reduction_yields_are_kept_for_a_layer(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((3, 20, 5))
-    y = through_bytes(graph, graph.add("aten.mean.dim", x, [2]), 0.02, 120)
+    y = through_bytes(graph, graph.add("aten.mean.dim", x, [2]), 0.02, 120, dtype)
     y = layer(graph, y, "aten.linear", 12, 20, scale=0.02)
-    graph.set_outputs([through_bytes(graph, y, 0.02, 100)])
+    graph.set_outputs([through_bytes(graph, y, 0.02, 100, dtype)])
     assert integer_kernels(check(graph, (3, 20, 5), step=0.02)) == ["integer matmul"]
 
 

@@ -17,7 +17,12 @@ SETTINGS = [(1, True, 0), (2, False, 0), (3, True, 0)]
 
 
 def check(
-    rows: tuple[int, ...], depth: int, outputs: int, floating: bool, extreme: bool = False
+    rows: tuple[int, ...],
+    depth: int,
+    outputs: int,
+    floating: bool,
+    extreme: bool = False,
+    halves: bool = False,
 ) -> None:
     random = np.random.default_rng(depth)
     x = random.integers(0, 256, (*rows, depth), np.uint8)
@@ -26,6 +31,8 @@ def check(
         x[...], weight[...] = 255, np.sign(weight) * 127
     bias = random.integers(-20000, 20000, outputs).astype(np.int32)
     multiplier = (random.uniform(0.2, 1.5, outputs) / (100 * depth**0.5)).astype(np.float32)
+    if halves:
+        weight, bias[...], multiplier[...] = np.sign(weight), 0, 0.5
     numbers = Numbers(77, 130, 4, 240)
     sums = (x.astype(np.int64) - 77) @ weight.T.astype(np.int64) + bias
     flat = sums.reshape(-1, outputs).astype(np.int32)
@@ -50,6 +57,10 @@ def test_sizes(rows: tuple[int, ...], depth: int, outputs: int, floating: bool) 
 
 def test_nothing_saturates_in_between() -> None:
     check((5,), 1000, 40, floating=True, extreme=True)
+
+
+def test_halves_round_to_even() -> None:
+    check((5,), 20, 70, floating=False, halves=True)
 
 
 @settings(max_examples=50)
