@@ -11,7 +11,6 @@ from graphopt.engine.integer_units import (
     IntegerRule,
     IntegerUnit,
     Target,
-    constant_operand,
     derived,
     image_operand,
     make_unit,
@@ -109,7 +108,7 @@ def _average(
         derived(target, "numbers", np.array(numbers, np.float32)),
     )
     problem = IntegerPoolingProblem(
-        (image_operand(scope, image.value), *map(constant_operand, constants)),
+        (image_operand(scope, image.value), *map(scope.operand, constants)),
         (Operand.grouped("uint8", shape),),
         kernel,
         stride,

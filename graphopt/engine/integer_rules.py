@@ -20,7 +20,6 @@ from graphopt.engine.integer_units import (
     IntegerRule,
     IntegerUnit,
     Target,
-    constant_operand,
     derived,
     image_operand,
     layer_constants,
@@ -160,7 +159,7 @@ def _combined(
         numbers += [part.scheme.zero_point, part.scheme.scale / target.scheme.scale]
     parameters = derived(target, "parameters", np.array(numbers, np.float32))
     problem = IntegerSumProblem(
-        (*(image_operand(scope, part.value) for part in parts), constant_operand(parameters)),
+        (*(image_operand(scope, part.value) for part in parts), scope.operand(parameters)),
         (image_operand(scope, target.output),),
         concatenates,
     )
@@ -177,7 +176,7 @@ def _quantized_image(scope: Scope, node: Node) -> IntegerUnit | None:
     target = Target((node,), node.output, found)
     parameters = derived(target, "parameters", numbers)
     problem = QuantizeProblem(
-        (scope.operand(source), constant_operand(parameters)), (image_operand(scope, node.output),)
+        (scope.operand(source), scope.operand(parameters)), (image_operand(scope, node.output),)
     )
     return make_unit(problem, (source, parameters), target)
 
@@ -191,7 +190,7 @@ def _dequantized_image(scope: Scope, node: Node) -> IntegerUnit | None:
     target = Target((node,), node.output, None)
     parameters = derived(target, "parameters", numbers)
     problem = DequantizeProblem(
-        (image_operand(scope, image.value), constant_operand(parameters)),
+        (image_operand(scope, image.value), scope.operand(parameters)),
         (scope.operand(node.output),),
     )
     return make_unit(problem, (image.value, parameters), target)
@@ -215,7 +214,7 @@ def _convolution(scope: Scope, node: Node, target: Target) -> IntegerUnit | None
     operands = [
         image_operand(scope, x),
         scope.operand(weight),
-        *map(constant_operand, constants[1:]),
+        *map(scope.operand, constants[1:]),
     ]
     if target.residual is not None:
         inputs.append(target.residual.value)

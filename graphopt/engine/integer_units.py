@@ -11,7 +11,7 @@ import torch
 from graphopt.engine.quantization import DEQUANTIZE, Bytes, Scheme
 from graphopt.engine.work import Derived, KernelWork, Scope, Work
 from graphopt.ir import Node, Value
-from graphopt.kernels.problem import ConstantOperand, Layout, Operand, Problem
+from graphopt.kernels.problem import Operand, Problem
 from graphopt.kernels.registry import candidates
 
 _LARGEST_BIAS = 2**31 - 1
@@ -66,12 +66,6 @@ def make_unit(
 def derived(target: Target, name: str, array: np.ndarray) -> Derived:
     """A constant that a unit's kernel needs; the name tells it from others of the unit."""
     return Derived(f"{target.output.name}.{name}", torch.from_numpy(array))
-
-
-def constant_operand(derived: Derived) -> ConstantOperand:
-    """A derived constant as a kernel sees it."""
-    array = derived.constant.numpy()
-    return ConstantOperand(array.shape, Layout.plain(str(array.dtype), array.ndim))
 
 
 def image_operand(scope: Scope, value: Value) -> Operand:

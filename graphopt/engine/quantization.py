@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.engine.work import Scope
+from graphopt.engine.work import ConstantWork, Derived, Scope
 from graphopt.ir import Graph, Node, TensorType, Type, Value
 
 QUANTIZE, DEQUANTIZE = "graphopt.quantize", "graphopt.dequantize"
@@ -84,6 +84,19 @@ def _stated(node: Node | None, op: str) -> Scheme | None:
             return None
         number = int(zero_point.constant)
     return Scheme(float(scale.constant), number, node["quant_min"], node["quant_max"])
+
+
+def dequantizes_constants(node: Node) -> bool:
+    """Whether a node is a dequantize of constants, whose result is one too."""
+    return node.op == DEQUANTIZE and all(value.is_constant for value in node.input_values())
+
+
+def folded(value: Value) -> Value | Derived:
+    """A value, or the constant that it is where a dequantize node makes it of constants."""
+    node = value.producer
+    if node is None or not dequantizes_constants(node):
+        return value
+    return Derived(value.name, ConstantWork(node).evaluate())
 
 
 def is_grouped(scope: Scope, value: Value) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_lowering import plan_of
+from quantized_graphs import bias, weight
+from test_lowering import check, new_graph, plan_of
 from torch import Tensor, nn
 
 import graphopt
@@ -74,3 +75,36 @@ def test_every_layer_has_an_integer_kernel(
     x = torch.randn(shape)
     (result,), (expected,) = plan.run(x), reference.run(graph, [x])
     assert (result - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+FLOATS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "convolution": ("aten.conv2d", (2, 8, 9, 7), (12, 8, 3, 3), {"padding": [1, 1]}),
+    "groups": ("aten.conv2d", (2, 8, 9, 7), (8, 1, 3, 3), {"groups": 8}),
+    "signal": ("aten.conv1d", (2, 8, 30), (12, 8, 3), {"stride": [2]}),
+    "many rows": ("aten.linear", (40, 32), (24, 32), {}),
+}
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_layer_whose_weight_alone_is_quantized_has_a_kernel_for_floats(
+    name: str, per_channel: bool
+) -> None:
+    op, shape, size, options = FLOATS[name]
+    graph, (x,) = new_graph(shape)
+    own, scales = weight(graph, *size, per_channel=per_channel)
+    y = graph.add(op, x, own, bias(graph, 0.05, scales, size[0]), **options)
+    graph.set_outputs([graph.add("aten.relu", y)])
+    assert len(check(graph, [torch.randn(shape)]).steps) == 1
+
+
+def test_zeros_of_a_quantized_weight_are_skipped_in_floats() -> None:
+    graph, (x,) = new_graph((1, 64, 14, 14))
+    values = torch.randint(-127, 128, (64, 64, 1, 1), dtype=torch.int8)
+    values *= torch.rand(64, 64, 1, 1) < 0.05
+    scale = graph.constant(torch.tensor(0.01))
+    tail = (scale, None, None, -127, 127, torch.int8)
+    own = graph.add("graphopt.dequantize", graph.constant(values), *tail)
+    graph.set_outputs([graph.add("aten.conv2d", x, own)])
+    plan = check(graph, [torch.randn(1, 64, 14, 14)])
+    assert [step.kernel.split()[0] for step in plan.steps] == ["sparse"]
