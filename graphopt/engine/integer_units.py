@@ -68,9 +68,19 @@ def derived(target: Target, name: str, array: np.ndarray) -> Derived:
     return Derived(f"{target.output.name}.{name}", torch.from_numpy(array))
 
 
+def image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (N, C, H, W) of an image; a signal (N, C, L) is one of height 1."""
+    return shape if len(shape) == 4 else (*shape[:2], 1, *shape[2:])
+
+
 def image_operand(scope: Scope, value: Value) -> Operand:
     """An image of bytes as a kernel sees it."""
-    return Operand.grouped("uint8", scope.shape(value))
+    return Operand.grouped("uint8", image_shape(scope.shape(value)))
+
+
+def float_image_operand(scope: Scope, value: Value) -> Operand:
+    """An image of floats as a kernel sees it."""
+    return Operand.plain("float32", image_shape(scope.shape(value)))
 
 
 def layer_constants(

@@ -105,9 +105,41 @@ def is_grouped(scope: Scope, value: Value) -> bool:
     made = scheme(value.producer, QUANTIZE)
     if made is None or value.is_output or scope.tensor_type(value).dtype != torch.uint8:
         return False
-    if len(scope.shape(value)) != 4 or 0 in scope.shape(value):
+    shape = scope.shape(value)
+    if 0 in shape or not (len(shape) == 4 or (len(shape) == 3 and _is_signal(value))):
         return False
     return all(scheme(user, DEQUANTIZE) == made for user in value.users)
+
+
+def _is_signal(value: Value) -> bool:
+    """Whether a quantized value (N, C, L) has channels, not rows as those of linear layers: what a
+    layer over signals reads, or computes up to additions and activations."""
+    readers = [reader for user in value.users for reader in user.output.users]
+    for reader in readers:
+        padded = reader.output.users if reader.op in _PADS else ()
+        if not _SIGNAL_LAYERS.isdisjoint(node.op for node in (reader, *padded)):
+            return True
+    node = value.producer["x"].producer if value.producer is not None else None
+    while node is not None and node.op in ACTIVATIONS:
+        node = node["self"].producer
+    if node is not None and node.op == "aten.add.Tensor":
+        makers = [x.producer for x in (node["self"], node["other"]) if isinstance(x, Value)]
+    else:
+        makers = [node]
+    return any(maker is not None and maker.op in _SIGNAL_LAYERS for maker in makers)
+
+
+ACTIVATIONS = frozenset(
+    "aten.relu aten.relu6 aten.hardtanh aten.clamp aten.clamp_min aten.clamp_max".split()
+)
+"""Those that clamp."""
+_PADS = ("aten.pad", "aten.constant_pad_nd")
+_SIGNAL_LAYERS = frozenset(
+    """
+    aten.conv1d aten.conv1d.padding aten.convolution aten.max_pool1d aten.avg_pool1d
+    aten.adaptive_avg_pool1d
+    """.split()
+)
 
 
 def private(value: Value) -> Node | None:
@@ -150,7 +182,7 @@ def rows_of(scope: Scope, value: Value) -> Bytes | None:
 
 
 def flattened_pixels(scope: Scope, value: Value) -> Value | None:
-    """The image of one pixel (N, C, 1, 1) that a value (N, C) is another view of.
+    """The image of one pixel (N, C, 1, 1), or (N, C, 1), that a value (N, C) is another view of.
 
     None where bytes of that image would not lie as rows do.
     """
@@ -159,7 +191,9 @@ def flattened_pixels(scope: Scope, value: Value) -> Value | None:
         return None
     image: Value = node["self"]
     shape = scope.shape(image)
-    if (*scope.shape(value), 1, 1) != shape or (shape[0] > 1 and shape[1] % 4):
+    if len(shape) < 3 or (*scope.shape(value), *(1,) * (len(shape) - 2)) != shape:
+        return None
+    if shape[0] > 1 and shape[1] % 4:
         return None
     return image
 

@@ -268,6 +268,56 @@ def test_a_network_keeps_bytes_between_its_layers(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+def test_a_network_of_signals(dtype: torch.dtype) -> None:
+    graph, (x,) = new_graph((2, 3, 50))
+    x = through_bytes(graph, x, 0.03, 120, dtype)
+    y = layer(graph, x, "aten.conv1d", 8, 3, 5, scale=0.03, stride=[2], padding=[2])
+    y = through_bytes(graph, graph.add("aten.relu", y), 0.03, 0, dtype)
+    y = graph.add("aten.max_pool1d", y, [3], [2], [1])
+    y = first = through_bytes(graph, y, 0.03, 0, dtype)
+    y = graph.add("aten.constant_pad_nd", y, [2, 0], 0.0)
+    y = layer(graph, y, "aten.conv1d", 8, 1, 3, scale=0.03, groups=8)
+    y = through_bytes(graph, graph.add("aten.relu6", y), 0.02, 0, dtype)
+    y = layer(graph, y, "aten.conv1d.padding", 8, 8, 3, scale=0.02, padding="same", dilation=[2])
+    y = through_bytes(graph, graph.add("aten.add.Tensor", y, first), 0.03, 80, dtype)
+    y = through_bytes(graph, graph.add("aten.avg_pool1d", y, [3]), 0.03, 80, dtype)
+    y = graph.add("aten.flatten.using_ints", graph.add("aten.adaptive_avg_pool1d", y, [1]), 1)
+    y = layer(graph, through_bytes(graph, y, 0.01, 80, dtype), "aten.linear", 10, 8, scale=0.01)
+    graph.set_outputs([y])
+    plan = check(graph, (2, 3, 50), steps=12, step=0.01)
+    kernels = integer_kernels(plan)
+    assert len(plan.steps) == 8
+    assert kernels[1] == "integer pooling"
+    assert kernels[-2:] == ["integer global average", "integer matmul"]
+    assert len(kernels) == 7
+
+
+@pytest.mark.parametrize("density", [1.0, 0.1])
+def test_a_convolution_of_signals_with_a_float_result(density: float) -> None:
+    graph, (x,) = new_graph((2, 64, 70))
+    x = through_bytes(graph, x, 0.03, 120)
+    values = torch.randint(-127, 128, (32, 64, 3), dtype=torch.int8)
+    values *= torch.rand(32, 16, 1, 3).repeat_interleave(4, 1).lt(density).reshape(32, 64, 3)
+    tail = (graph.constant(torch.tensor(0.001)), None, None, -127, 127, torch.int8)
+    own = graph.add("graphopt.dequantize", graph.constant(values), *tail)
+    graph.set_outputs([graph.add("aten.conv1d", x, own)])
+    plan = check(graph, (2, 64, 70), step=1e-4)
+    kind = "integer" if density == 1 else "sparse integer"
+    assert kernels_of(plan)[-1].startswith(f"{kind} convolution")
+
+
+def test_rows_beside_signals_are_rows() -> None:
+    graph, (x,) = new_graph((2, 8, 20))
+    x = through_bytes(graph, x, 0.03, 120)
+    signal = layer(graph, x, "aten.conv1d", 6, 8, 3, scale=0.03)
+    rows = through_bytes(graph, graph.add("aten.tanh", x), 0.01, 128)
+    y = layer(graph, rows, "aten.linear", 12, 20, scale=0.01)
+    graph.set_outputs([signal, through_bytes(graph, y, 0.02, 100)])
+    plan = check(graph, (2, 8, 20), step=0.02)
+    assert integer_kernels(plan) == ["integer convolution 4x4", "integer matmul"]
+
+
+@DTYPES
 def test_bytes_that_a_reduction_yields_are_kept_for_a_layer(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((3, 20, 5))
     y = through_bytes(graph, graph.add("aten.mean.dim", x, [2]), 0.02, 120, dtype)
