@@ -218,6 +218,7 @@ def _convolution(scope: Scope, node: Node, target: Target) -> IntegerUnit | None
     inputs: list[Value | Derived] = [x, *constants]
     if len(stride) == 1:
         stride, padding, dilation = (1, *stride), ((0, 0), *padding), (1, *dilation)
+        assert constants[0].constant is not None
         inputs[1] = derived(target, "weight", constants[0].constant.numpy()[:, :, None])
     operands = [image_operand(scope, x), *map(scope.operand, inputs[1:])]
     if target.residual is not None:

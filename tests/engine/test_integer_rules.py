@@ -178,6 +178,20 @@ def test_a_linear_layer_of_rows() -> None:
     assert integer_kernels(check(graph, (2, 3, 20), step=0.02)) == ["integer matmul"]
 
 
+@pytest.mark.parametrize("floating", [True, False])
+def test_a_linear_layer_of_rows_skips_blocks_of_zeros(floating: bool) -> None:
+    graph, (x,) = new_graph((2, 64, 96))
+    x = through_bytes(graph, x, 0.03, 120)
+    values = torch.randint(-127, 128, (64, 96), dtype=torch.int8)
+    values *= torch.rand(32, 24).lt(0.1).repeat_interleave(2, 0).repeat_interleave(4, 1)
+    tail = (graph.constant(torch.tensor(0.003)), None, None, -127, 127, torch.int8)
+    own = graph.add("graphopt.dequantize", graph.constant(values), *tail)
+    y = graph.add("aten.linear", x, own)
+    graph.set_outputs([y if floating else through_bytes(graph, y, 0.03, 120)])
+    (kernel,) = integer_kernels(check(graph, (2, 64, 96), step=1e-4 if floating else 0.03))
+    assert kernel.startswith("sparse integer matmul 2x")
+
+
 def test_a_layer_with_a_float_result() -> None:
     graph, (x,) = new_graph((1, 8, 9, 9))
     x = through_bytes(graph, x, 0.03, 120)
