@@ -13,6 +13,7 @@ from graphopt.kernels import (
     integer_windows,
     requantization,
     sparse_integer_convolution,
+    sparse_integer_matmul,
 )
 from graphopt.passes.quantization import gptq, observers, rounding, weights
 
@@ -95,6 +96,15 @@ fault(
         sparse_integer_convolution.streams,
         "words[places] = steps",
         "words[places] = np.minimum(steps + 1, matrix.shape[1] - 1)",
+    ),
+)
+fault(
+    "squares of results begin at the features of their last tile",
+    test_of(
+        "kernels/test_sparse_integer_matmul.py", "test_schedules", (40,), 64, 72, True, (2, 4)
+    ),
+    changed_text(
+        sparse_integer_matmul, "_SQUARES", "feature = 4 * tile + 4 - filled", "feature = 4 * tile"
     ),
 )
 fault(
