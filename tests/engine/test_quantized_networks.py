@@ -32,6 +32,22 @@ class Images(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
+class Signals(nn.Module):
+    """The like of `Images` in one dimension, with pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 8, 5, stride=2, padding=2)
+        self.depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+        self.pointwise = nn.Conv1d(8, 8, 1)
+        self.classifier = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool1d(torch.relu(self.stem(x)), 3, 2, 1)
+        x = torch.relu(x + self.pointwise(torch.relu(self.depthwise(x))))
+        return self.classifier(nn.functional.adaptive_avg_pool1d(x, 1).flatten(1))
+
+
 class Tokens(nn.Module):
     """A perceptron of rows."""
 
@@ -58,6 +74,8 @@ def quantized(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Graph
     [
         (Images, (2, 3, 10, 10), "uint8", 5),
         (Images, (2, 3, 10, 10), "int8", 5),
+        (Signals, (2, 3, 60), "uint8", 6),
+        (Signals, (2, 3, 60), "int8", 6),
         (Tokens, (2, 6, 20), "uint8", 2),
         (Tokens, (2, 6, 20), "int8", 2),
         (Tokens, (2, 6, 20), "dynamic", 2),
