@@ -94,7 +94,7 @@ class SparseIntegerConvolutionCandidate(Candidate):
         matrix = image.matrix(weight).view(np.int32).reshape(image.groups, image.outputs, -1)
         rows = np.zeros((image.groups, self._tiles * GROUP, image.depth), np.int32)
         rows[:, : image.outputs] = matrix
-        starts, words = _streams(rows.reshape(-1, image.depth), self.schedule.rows)
+        starts, words = streams(rows.reshape(-1, image.depth), self.schedule.rows)
         return [words, starts, finishing(image, GROUP, constants), pack_numbers(numbers)]
 
     @property
@@ -146,7 +146,7 @@ class SparseIntegerConvolutionCandidate(Candidate):
         return block
 
 
-def _streams(matrix: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def streams(matrix: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the stream of each tile starts, in bytes (int64), and all streams (int32).
 
     ``matrix`` has a word per output channel, a multiple of four of them, and step of the depth. A
@@ -183,22 +183,25 @@ def candidates(problem: IntegerConvolutionProblem) -> list[Candidate]:
         return []
     if image.merged > 1:
         return []
-    found = []
-    for rows in NEIGHBOURS:
-        width = min(
-            (width for width in _WIDTHS[rows] if width <= image.vectors),
-            key=lambda width: _cycles(image, Schedule(rows, width), weight.zeros),
-        )
-        found.append(Schedule(rows, width))
-    schedule = min(found, key=lambda schedule: _cycles(image, schedule, weight.zeros))
-    seconds = _cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
+    schedule = best_schedule(image, weight.zeros)
+    seconds = cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
     name = f"sparse integer convolution {schedule.rows}x{schedule.width}"
     return [SparseIntegerConvolutionCandidate(name, problem, seconds, image, schedule)]
 
 
-def _cycles(image: IntegerImage, schedule: Schedule, zeros: ZeroPattern | None) -> float:
+def best_schedule(image: IntegerImage, zeros: ZeroPattern) -> Schedule:
+    """The schedule that suits the zeros of a weight best."""
+    found = [
+        Schedule(rows, width)
+        for rows in NEIGHBOURS
+        for width in _WIDTHS[rows]
+        if width <= image.vectors
+    ]
+    return min(found, key=lambda schedule: cycles(image, schedule, zeros))
+
+
+def cycles(image: IntegerImage, schedule: Schedule, zeros: ZeroPattern) -> float:
     """Cycles of all tasks together, roughly."""
-    assert zeros is not None
     rows, width = schedule.rows, schedule.width
     panels = math.ceil(image.vectors / width)
     tiles = math.ceil(image.outputs / GROUP)
@@ -215,9 +218,27 @@ def _cycles(image: IntegerImage, schedule: Schedule, zeros: ZeroPattern | None) 
 
 def _lines(schedule: Schedule, finish: Requantization) -> list[str]:
     """The kernel's body."""
+    parts = {
+        "prologue": finish.prologue(),
+        "share": SHARE,
+        "target": target_lines(finish),
+        "sums": sum_lines(schedule),
+        "end": finish_lines(GROUP, schedule.width, finish),
+    }
+    return fill(_BODY, parts, {"WIDTH": schedule.width})
+
+
+def sum_lines(schedule: Schedule) -> list[str]:
+    """Lines that make the sums of a tile, in the variables ``s{row}_{vector}``.
+
+    Its stream is at ``a``, its biases at ``own``, and the words of the depth at ``b``, each
+    ``b_step`` after the one before.
+    """
     rows, columns = range(schedule.rows), range(schedule.width)
-    bias = "broadcast(read(own + {}, INT32), INT32)"
-    products = []
+    lines = ["q = a + 16"]
+    for row in range(GROUP):
+        bias = f"broadcast(read(own + {4 * row}, INT32), INT32)"
+        lines += [f"s{row}_{column} = {bias}" for column in columns]
     for group in range(GROUP // schedule.rows):
         inner = [f"w{row} = broadcast(read(q + {4 + 4 * row}, INT32), INT32)" for row in rows]
         for column in columns:
@@ -225,22 +246,10 @@ def _lines(schedule: Schedule, finish: Requantization) -> list[str]:
             for row in rows:
                 name = f"s{group * schedule.rows + row}_{column}"
                 inner.append(f"{name} = dot(value, w{row}, {name})")
-        products += fill(
+        lines += fill(
             _GROUP, {"products": inner}, {"PLACE": 4 * group, "ENTRY": 4 * schedule.entry}
         )
-    parts = {
-        "prologue": finish.prologue(),
-        "share": SHARE,
-        "target": target_lines(finish),
-        "begin": [
-            f"s{row}_{column} = {bias.format(4 * row)}"
-            for row in range(GROUP)
-            for column in columns
-        ],
-        "products": products,
-        "end": finish_lines(GROUP, schedule.width, finish),
-    }
-    return fill(_BODY, parts, {"WIDTH": schedule.width})
+    return lines
 
 
 _GROUP = """
@@ -283,9 +292,7 @@ while task < stop:
         channel = group * outputs + tile * 4
         rows = outputs - tile * 4
         <target>
-        q = a + 16
-        <begin>
-        <products>
+        <sums>
         <end>
         tile += 1
     task += 1

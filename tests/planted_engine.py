@@ -31,7 +31,7 @@ fault(
 fault(
     "a fusion drops the second user of what it swallows",
     test_of(LOWERING, "test_a_result_with_two_users_is_written"),
-    changed(lowering._Fusion.is_private, "self.home.get(node) is user", "True"),
+    changed(lowering._Fusion.is_private, "home is user", "True"),
 )
 fault(
     "a fusion closes a circle",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import planted_engine
 import planted_graph
+import planted_integers
 import planted_kernels
 import planted_passes
 import pytest
 from planted import FAULTS, Fault
 
-MODULES = (planted_graph, planted_passes, planted_engine, planted_kernels)
+MODULES = (planted_graph, planted_passes, planted_engine, planted_kernels, planted_integers)
 
 
 def test_there_are_enough_of_them():

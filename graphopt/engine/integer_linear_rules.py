@@ -7,7 +7,6 @@ import torch
 from graphopt.engine.integer_units import (
     IntegerUnit,
     Target,
-    constant_operand,
     derived,
     int8_constant,
     layer_constants,
@@ -32,7 +31,7 @@ def linear(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:
     weight = constants[0]
     x = Operand.plain("uint8", scope.shape(node["input"]))
     problem = IntegerMatmulProblem(
-        (x, scope.operand(weight), *map(constant_operand, constants[1:])),
+        (x, scope.operand(weight), *map(scope.operand, constants[1:])),
         (scope.operand(target.output),),
     )
     return make_unit(problem, (rows.value, *constants), target, node)
@@ -56,7 +55,7 @@ def dynamic_linear(scope: Scope, node: Node) -> IntegerUnit | None:
         derived(target, "bias", own.contiguous().numpy()),
     )
     problem = DynamicMatmulProblem(
-        (scope.operand(rows.value), scope.operand(weight), *map(constant_operand, constants)),
+        (scope.operand(rows.value), scope.operand(weight), *map(scope.operand, constants)),
         (scope.operand(node.output),),
         rows.least_scale,
     )
@@ -88,7 +87,7 @@ def weight_only_linear(scope: Scope, node: Node) -> IntegerUnit | None:
         derived(target, "bias", own.contiguous().numpy()),
     )
     problem = WeightOnlyMatmulProblem(
-        (scope.operand(x), scope.operand(weight), *map(constant_operand, constants)),
+        (scope.operand(x), scope.operand(weight), *map(scope.operand, constants)),
         (scope.operand(node.output),),
         4 if is_short else 8,
         group,

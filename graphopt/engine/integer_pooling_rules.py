@@ -11,13 +11,13 @@ from graphopt.engine.integer_units import (
     IntegerRule,
     IntegerUnit,
     Target,
-    constant_operand,
     derived,
     image_operand,
+    image_shape,
     make_unit,
 )
 from graphopt.engine.layer_rules import per_dimension
-from graphopt.engine.quantization import flattened_pixels, image_of, is_grouped, private
+from graphopt.engine.quantization import Bytes, flattened_pixels, image_of, is_grouped, private
 from graphopt.engine.work import AliasWork, Scope
 from graphopt.ir import Node
 from graphopt.kernels.integer_problems import IntegerPoolingProblem
@@ -25,39 +25,59 @@ from graphopt.kernels.problem import Operand
 
 
 def max_pool(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:
-    image, found = image_of(scope, node["self"]), target.scheme
+    image, found = _pooled(scope, node), target.scheme
     if image is None or found is None or not is_grouped(scope, target.output):
         return None
     same = (found.scale, found.zero_point) == (image.scheme.scale, image.scheme.zero_point)
     if not same or target.low > image.scheme.low or target.high < image.scheme.high:
         return None
-    kernel = _pair(scope, node["kernel_size"])
-    stride = _pair(scope, node["stride"]) if node["stride"] else kernel
-    padding = _pair(scope, node["padding"])
+    kernel, stride, padding = _window(scope, node)
+    spatial = len(scope.shape(node["self"])) - 2
     problem = IntegerPoolingProblem(
         (image_operand(scope, image.value),),
         (image_operand(scope, target.output),),
         kernel,
         stride,
         ((padding[0], padding[0]), (padding[1], padding[1])),
-        _pair(scope, node["dilation"]),
+        _pair(scope, node["dilation"], spatial, 1),
     )
     return make_unit(problem, (image.value,), target, node)
 
 
-def _pair(scope: Scope, operand: Any) -> tuple[int, int]:
-    vertical, horizontal = per_dimension(scope, operand, 2)
+def _pooled(scope: Scope, node: Node) -> Bytes | None:
+    """The image that a node pools, all its dimensions but the first two."""
+    spatial = len(scope.shape(node["self"])) - 2
+    if node.op != "aten.mean.dim" and not node.op.endswith(f"pool{spatial}d"):
+        return None
+    return image_of(scope, node["self"])
+
+
+Pair = tuple[int, int]
+
+
+def _window(scope: Scope, node: Node) -> tuple[Pair, Pair, Pair]:
+    """Size, stride and padding of windows, by (vertical, horizontal)."""
+    spatial = len(scope.shape(node["self"])) - 2
+    kernel = _pair(scope, node["kernel_size"], spatial, 1)
+    stride = _pair(scope, node["stride"], spatial, 1) if node["stride"] else kernel
+    return kernel, stride, _pair(scope, node["padding"], spatial, 0)
+
+
+def _pair(scope: Scope, operand: Any, spatial: int, missing: int) -> Pair:
+    """Numbers of ``spatial`` dimensions as two: a signal is an image of height 1, for which the
+    number is the one that is ``missing``."""
+    numbers = per_dimension(scope, operand, spatial)
+    vertical, horizontal = numbers if spatial == 2 else (missing, *numbers)
     return vertical, horizontal
 
 
 def _avg_pool(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:
-    if len(scope.shape(node["self"])) != 4:
+    if _pooled(scope, node) is None:
         return None
-    kernel = _pair(scope, node["kernel_size"])
-    stride = _pair(scope, node["stride"]) if node["stride"] else kernel
-    padding = _pair(scope, node["padding"])
-    divisor = scope.literal(node["divisor_override"]) or math.prod(kernel)
-    shape, result = scope.shape(node["self"]), scope.shape(node.output)
+    kernel, stride, padding = _window(scope, node)
+    override = node.op == "aten.avg_pool2d" and scope.literal(node["divisor_override"])
+    divisor = override or math.prod(kernel)
+    shape, result = (image_shape(scope.shape(value)) for value in (node["self"], node.output))
     # Windows beyond the padding, and averages of what is inside alone, divide by other numbers.
     for size, count, length, step, pad in zip(
         shape[2:], result[2:], kernel, stride, padding, strict=True
@@ -72,15 +92,16 @@ def _avg_pool(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:
 def _global_avg_pool(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:
     """The average of all pixels: adaptive pooling to one, or a mean."""
     shape = scope.shape(node["self"])
-    if len(shape) != 4:
+    if _pooled(scope, node) is None:
         return None
     if node.op == "aten.mean.dim":
-        dimensions = node["dim"]
-        if dimensions is None or sorted(d % 4 for d in dimensions) != [2, 3]:
+        rank, dimensions = len(shape), node["dim"]
+        if dimensions is None or sorted(d % rank for d in dimensions) != list(range(2, rank)):
             return None
     elif any(count != 1 for count in scope.literal(node["output_size"])):
         return None
-    kernel = (shape[2], shape[3])
+    _, _, *size = image_shape(shape)
+    kernel = (size[0], size[1])
     return _average(scope, node, target, kernel, (1, 1), (0, 0), math.prod(kernel))
 
 
@@ -97,7 +118,7 @@ def _average(
     if image is None or found is None:
         return None
     result = scope.shape(node.output)
-    shape = result if len(result) == 4 else (*result, 1, 1)
+    shape = (*result, 1, 1) if len(result) == 2 else image_shape(result)
     rows = len(scope.shape(target.output)) == 2 and shape[1] % 4 == 0
     if not rows and not is_grouped(scope, target.output):
         return None
@@ -109,7 +130,7 @@ def _average(
         derived(target, "numbers", np.array(numbers, np.float32)),
     )
     problem = IntegerPoolingProblem(
-        (image_operand(scope, image.value), *map(constant_operand, constants)),
+        (image_operand(scope, image.value), *map(scope.operand, constants)),
         (Operand.grouped("uint8", shape),),
         kernel,
         stride,
@@ -138,7 +159,9 @@ def flattened(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:
 
 
 POOLS: dict[str, IntegerRule] = {
+    "aten.avg_pool1d": _avg_pool,
     "aten.avg_pool2d": _avg_pool,
+    "aten.adaptive_avg_pool1d": _global_avg_pool,
     "aten.adaptive_avg_pool2d": _global_avg_pool,
     "aten._adaptive_avg_pool2d": _global_avg_pool,
     "aten.mean.dim": _global_avg_pool,

@@ -20,14 +20,15 @@ from graphopt.engine.integer_units import (
     IntegerRule,
     IntegerUnit,
     Target,
-    constant_operand,
     derived,
+    float_image_operand,
     image_operand,
     layer_constants,
     make_unit,
 )
 from graphopt.engine.layer_rules import convolution_geometry
 from graphopt.engine.quantization import (
+    ACTIVATIONS,
     DEQUANTIZE,
     QUANTIZE,
     Bytes,
@@ -45,7 +46,9 @@ from graphopt.kernels.integer_problems import (
     QuantizeProblem,
 )
 
-_CONVOLUTIONS = ("aten.conv2d", "aten.conv2d.padding", "aten.convolution")
+_CONVOLUTIONS = (
+    "aten.conv1d", "aten.conv1d.padding", "aten.conv2d", "aten.conv2d.padding", "aten.convolution"
+)  # fmt: skip
 _MULTIPLYING = (*_CONVOLUTIONS, "aten.linear")
 """Layers whose sums may become float32 as well."""
 
@@ -107,12 +110,12 @@ def _quantized(scope: Scope, quantize: Node) -> IntegerUnit | None:
 def _clamp(scope: Scope, node: Node) -> tuple[float, float] | None:
     """The least and the largest number that an activation lets pass; None for other nodes."""
     infinite = math.inf
+    if node.op not in ACTIVATIONS:
+        return None
     if node.op == "aten.relu":
         return 0.0, infinite
     if node.op == "aten.relu6":
         return 0.0, 6.0
-    if node.op not in ("aten.hardtanh", "aten.clamp", "aten.clamp_min", "aten.clamp_max"):
-        return None
     names = ("min_val", "max_val") if node.op == "aten.hardtanh" else ("min", "max")
     given = [
         scope.literal(node[name]) if name in node.operands and node[name] is not None else None
@@ -160,7 +163,7 @@ def _combined(
         numbers += [part.scheme.zero_point, part.scheme.scale / target.scheme.scale]
     parameters = derived(target, "parameters", np.array(numbers, np.float32))
     problem = IntegerSumProblem(
-        (*(image_operand(scope, part.value) for part in parts), constant_operand(parameters)),
+        (*(image_operand(scope, part.value) for part in parts), scope.operand(parameters)),
         (image_operand(scope, target.output),),
         concatenates,
     )
@@ -177,7 +180,8 @@ def _quantized_image(scope: Scope, node: Node) -> IntegerUnit | None:
     target = Target((node,), node.output, found)
     parameters = derived(target, "parameters", numbers)
     problem = QuantizeProblem(
-        (scope.operand(source), constant_operand(parameters)), (image_operand(scope, node.output),)
+        (float_image_operand(scope, source), scope.operand(parameters)),
+        (image_operand(scope, node.output),),
     )
     return make_unit(problem, (source, parameters), target)
 
@@ -191,15 +195,15 @@ def _dequantized_image(scope: Scope, node: Node) -> IntegerUnit | None:
     target = Target((node,), node.output, None)
     parameters = derived(target, "parameters", numbers)
     problem = DequantizeProblem(
-        (image_operand(scope, image.value), constant_operand(parameters)),
-        (scope.operand(node.output),),
+        (image_operand(scope, image.value), scope.operand(parameters)),
+        (float_image_operand(scope, node.output),),
     )
     return make_unit(problem, (image.value, parameters), target)
 
 
 def _convolution(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:
     geometry = convolution_geometry(scope, node)
-    if geometry is None or len(geometry.stride) != 2:
+    if geometry is None or len(geometry.stride) > 2:
         return None
     image = image_of(scope, geometry.x)
     constants = None if image is None else layer_constants(scope, node, image.scheme, target)
@@ -209,23 +213,23 @@ def _convolution(scope: Scope, node: Node, target: Target) -> IntegerUnit | None
     floating = target.scheme is None
     if not floating and not is_grouped(scope, target.output):
         return None
-    weight = constants[0]
-    y = scope.operand(target.output) if floating else image_operand(scope, target.output)
+    operand = float_image_operand if floating else image_operand
+    stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
     inputs: list[Value | Derived] = [x, *constants]
-    operands = [
-        image_operand(scope, x),
-        scope.operand(weight),
-        *map(constant_operand, constants[1:]),
-    ]
+    if len(stride) == 1:
+        stride, padding, dilation = (1, *stride), ((0, 0), *padding), (1, *dilation)
+        assert constants[0].constant is not None
+        inputs[1] = derived(target, "weight", constants[0].constant.numpy()[:, :, None])
+    operands = [image_operand(scope, x), *map(scope.operand, inputs[1:])]
     if target.residual is not None:
         inputs.append(target.residual.value)
         operands.append(image_operand(scope, target.residual.value))
     problem = IntegerConvolutionProblem(
         tuple(operands),
-        (y,),
-        (geometry.stride[0], geometry.stride[1]),
-        (geometry.padding[0], geometry.padding[1]),
-        (geometry.dilation[0], geometry.dilation[1]),
+        (operand(scope, target.output),),
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
         geometry.groups,
     )
     return make_unit(problem, tuple(inputs), target, node)
@@ -244,6 +248,7 @@ _LAYERS: dict[str, IntegerRule] = {
     **POOLS,
     "aten.linear": linear,
     "aten.cat": _concatenation,
+    "aten.max_pool1d": max_pool,
     "aten.max_pool2d": max_pool,
     "aten.flatten.using_ints": flattened,
     "aten.reshape": flattened,

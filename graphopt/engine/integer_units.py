@@ -11,7 +11,7 @@ import torch
 from graphopt.engine.quantization import DEQUANTIZE, Bytes, Scheme
 from graphopt.engine.work import Derived, KernelWork, Scope, Work
 from graphopt.ir import Node, Value
-from graphopt.kernels.problem import ConstantOperand, Layout, Operand, Problem
+from graphopt.kernels.problem import Operand, Problem
 from graphopt.kernels.registry import candidates
 
 _LARGEST_BIAS = 2**31 - 1
@@ -68,15 +68,19 @@ def derived(target: Target, name: str, array: np.ndarray) -> Derived:
     return Derived(f"{target.output.name}.{name}", torch.from_numpy(array))
 
 
-def constant_operand(derived: Derived) -> ConstantOperand:
-    """A derived constant as a kernel sees it."""
-    array = derived.constant.numpy()
-    return ConstantOperand(array.shape, Layout.plain(str(array.dtype), array.ndim))
+def image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (N, C, H, W) of an image; a signal (N, C, L) is one of height 1."""
+    return shape if len(shape) == 4 else (*shape[:2], 1, *shape[2:])
 
 
 def image_operand(scope: Scope, value: Value) -> Operand:
     """An image of bytes as a kernel sees it."""
-    return Operand.grouped("uint8", scope.shape(value))
+    return Operand.grouped("uint8", image_shape(scope.shape(value)))
+
+
+def float_image_operand(scope: Scope, value: Value) -> Operand:
+    """An image of floats as a kernel sees it."""
+    return Operand.plain("float32", image_shape(scope.shape(value)))
 
 
 def layer_constants(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.engine.quantization import folded
 from graphopt.engine.view_rules import zero_padding
-from graphopt.engine.work import Scope
+from graphopt.engine.work import Derived, Scope
 from graphopt.ir import Node, Value
 from graphopt.kernels.expression import Expression, Instruction, Literal, Ref
 from graphopt.kernels.problem import (
@@ -36,7 +37,7 @@ class Layer:
 
     scope: Scope
     output: Value
-    inputs: tuple[Value, ...]
+    inputs: tuple[Value | Derived, ...]
     make: MakeProblem
     bias: Value | None = None
     takes_epilogue: bool = False
@@ -50,7 +51,7 @@ class Layer:
             operands = (*operands, self.scope.operand(self.bias))
         return self.make(epilogue, operands)
 
-    def values(self, extra: Sequence[Value]) -> tuple[Value, ...]:
+    def values(self, extra: Sequence[Value]) -> tuple[Value | Derived, ...]:
         """The value of each of the problem's inputs."""
         bias = () if self.bias is None else (self.bias,)
         return (*self.inputs, *extra, *bias)
@@ -104,8 +105,8 @@ def layer_rule(*ops: str) -> Callable[[Rule], Rule]:
     "aten.conv1d", "aten.conv2d", "aten.conv1d.padding", "aten.conv2d.padding", "aten.convolution"
 )
 def _convolution(scope: Scope, node: Node) -> Layer | None:
-    x, weight, bias = node["input"], node["weight"], node["bias"]
-    if not scope.all_float32(x, weight, bias) or not weight.is_constant:
+    x, weight, bias = node["input"], folded(node["weight"]), node["bias"]
+    if not scope.all_float32(x, node["weight"], bias) or not weight.is_constant:
         return None
     geometry = convolution_geometry(scope, node)
     if geometry is None:

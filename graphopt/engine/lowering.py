@@ -22,7 +22,7 @@ from graphopt.engine.gather_rules import lower_gather
 from graphopt.engine.integer_rules import integer_units
 from graphopt.engine.layer_rules import LAYERS, Layer
 from graphopt.engine.pointwise_rules import Draft, assemble, instructions
-from graphopt.engine.quantization import DEQUANTIZE
+from graphopt.engine.quantization import dequantizes_constants, kept_types
 from graphopt.engine.view_rules import lower_copy, lower_view
 from graphopt.engine.work import (
     ConstantWork,
@@ -78,7 +78,7 @@ def lower(graph: Graph, types: Mapping[Value, Type]) -> list[Work]:
         graph: what is to be computed.
         types: the type of every value under one assignment of the free sizes.
     """
-    scope = Scope(graph, dict(types))
+    scope = Scope(graph, kept_types(graph, types))
     units = _fuse(scope, _units(scope))
     # Complete units need not read what their nodes do: integer kernels read bytes, not floats.
     read = _read(units)
@@ -130,7 +130,7 @@ def _others(graph: Graph, units: list[Unit]) -> list[Node]:
 
 
 def _unit(scope: Scope, node: Node) -> Unit:
-    if node.op == DEQUANTIZE and all(value.is_constant for value in node.input_values()):
+    if dequantizes_constants(node):
         return Unit([node], [ConstantWork(node)])
     works = lower_view(scope, node) or lower_copy(scope, node) or lower_gather(scope, node)
     if works is not None:

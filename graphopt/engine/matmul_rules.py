@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.engine.layer_rules import Layer, layer_rule
+from graphopt.engine.quantization import folded
 from graphopt.engine.view_rules import permutation
-from graphopt.engine.work import Scope
+from graphopt.engine.work import Derived, Scope
 from graphopt.ir import Node, Value
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.problem import Layout, MatmulProblem, Operand, Problem
@@ -19,7 +20,7 @@ from graphopt.kernels.problem import Layout, MatmulProblem, Operand, Problem
 class _Factor:
     """What a product reads for one of its operands; ``transposed`` as in `MatmulProblem`."""
 
-    value: Value
+    value: Value | Derived
     operand: Operand
     transposed: bool
 
@@ -85,7 +86,8 @@ def _factor(scope: Scope, value: Value) -> _Factor:
             break
         source, order = node["self"], tuple(inner[dimension] for dimension in order)
     if order[:-2] == tuple(range(rank - 2)):
-        return _Factor(source, scope.operand(source), transposed=order[-1] != rank - 1)
+        kept = folded(source)
+        return _Factor(kept, scope.operand(kept), transposed=order[-1] != rank - 1)
     if source.is_constant:
         return _Factor(value, scope.operand(value), transposed=False)
     places = tuple(order.index(dimension) for dimension in range(rank))

@@ -1,15 +1,21 @@
-"""What quantize and dequantize nodes say, as far as integer kernels understand it."""
+"""What quantize and dequantize nodes say, as far as integer kernels understand it.
+
+Kernels know unsigned bytes. Steps in int8 that nobody but dequantize nodes reads are kept as such:
+128 more each, as are their zero point and limits, which are the same numbers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from graphopt.engine.work import Scope
-from graphopt.ir import Node, Value
+from graphopt.engine.work import ConstantWork, Derived, Scope
+from graphopt.ir import Graph, Node, TensorType, Type, Value
 
 QUANTIZE, DEQUANTIZE = "graphopt.quantize", "graphopt.dequantize"
+_HALF = 128
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,43 @@ class Scheme:
 
 
 def scheme(node: Node | None, op: str) -> Scheme | None:
-    """The scheme of a quantize or dequantize node; None where it has none of a whole tensor."""
+    """The scheme of a quantize or dequantize node, as its integers are kept; None where it has
+    none of a whole tensor."""
+    found = _stated(node, op)
+    if node is None or found is None:
+        return None
+    if not is_kept_unsigned(node.output if op == QUANTIZE else node["x"]):
+        return found
+    zero_point, low, high = (n + _HALF for n in (found.zero_point, found.low, found.high))
+    return Scheme(found.scale, zero_point, low, high)
+
+
+def is_kept_unsigned(value: Value) -> bool:
+    """Whether a value is int8 steps that are kept as bytes, 128 more each: those of a whole tensor
+    of floats that only dequantize nodes with the same scheme read."""
+    made = value.producer
+    stated = _stated(made, QUANTIZE)
+    if made is None or stated is None or value.is_output or value.dtype != torch.int8:
+        return False
+    source: Value = made["x"]
+    if source.is_constant or source.dtype != torch.float32:
+        return False
+    return all(_stated(user, DEQUANTIZE) == stated for user in value.users)
+
+
+def kept_types(graph: Graph, types: Mapping[Value, Type]) -> dict[Value, Type]:
+    """The types of values as they are kept."""
+    kept = dict(types)
+    for node in graph.nodes:
+        if node.op == QUANTIZE and is_kept_unsigned(node.output):
+            kind = types[node.output]
+            assert isinstance(kind, TensorType)
+            kept[node.output] = TensorType(torch.uint8, kind.shape)
+    return kept
+
+
+def _stated(node: Node | None, op: str) -> Scheme | None:
+    """The scheme as a node states it."""
     if node is None or node.op != op or node["axis"] is not None:
         return None
     scale, zero_point = node["scale"], node["zero_point"]
@@ -44,15 +86,60 @@ def scheme(node: Node | None, op: str) -> Scheme | None:
     return Scheme(float(scale.constant), number, node["quant_min"], node["quant_max"])
 
 
+def dequantizes_constants(node: Node) -> bool:
+    """Whether a node is a dequantize of constants, whose result is one too."""
+    return node.op == DEQUANTIZE and all(value.is_constant for value in node.input_values())
+
+
+def folded(value: Value) -> Value | Derived:
+    """A value, or the constant that it is where a dequantize node makes it of constants."""
+    node = value.producer
+    if node is None or not dequantizes_constants(node):
+        return value
+    return Derived(value.name, ConstantWork(node).evaluate())
+
+
 def is_grouped(scope: Scope, value: Value) -> bool:
     """Whether a value is kept with its channels in groups: bytes of an image that only
     dequantize nodes read, all with the scheme by which it was quantized."""
     made = scheme(value.producer, QUANTIZE)
     if made is None or value.is_output or scope.tensor_type(value).dtype != torch.uint8:
         return False
-    if len(scope.shape(value)) != 4 or 0 in scope.shape(value):
+    shape = scope.shape(value)
+    if 0 in shape or not (len(shape) == 4 or (len(shape) == 3 and _is_signal(value))):
         return False
     return all(scheme(user, DEQUANTIZE) == made for user in value.users)
+
+
+def _is_signal(value: Value) -> bool:
+    """Whether a quantized value (N, C, L) has channels, not rows as those of linear layers: what a
+    layer over signals reads, or computes up to additions and activations."""
+    readers = [reader for user in value.users for reader in user.output.users]
+    for reader in readers:
+        padded = reader.output.users if reader.op in _PADS else ()
+        if not _SIGNAL_LAYERS.isdisjoint(node.op for node in (reader, *padded)):
+            return True
+    node = value.producer["x"].producer if value.producer is not None else None
+    while node is not None and node.op in ACTIVATIONS:
+        node = node["self"].producer
+    if node is not None and node.op == "aten.add.Tensor":
+        makers = [x.producer for x in (node["self"], node["other"]) if isinstance(x, Value)]
+    else:
+        makers = [node]
+    return any(maker is not None and maker.op in _SIGNAL_LAYERS for maker in makers)
+
+
+ACTIVATIONS = frozenset(
+    "aten.relu aten.relu6 aten.hardtanh aten.clamp aten.clamp_min aten.clamp_max".split()
+)
+"""Those that clamp."""
+_PADS = ("aten.pad", "aten.constant_pad_nd")
+_SIGNAL_LAYERS = frozenset(
+    """
+    aten.conv1d aten.conv1d.padding aten.convolution aten.max_pool1d aten.avg_pool1d
+    aten.adaptive_avg_pool1d
+    """.split()
+)
 
 
 def private(value: Value) -> Node | None:
@@ -95,7 +182,7 @@ def rows_of(scope: Scope, value: Value) -> Bytes | None:
 
 
 def flattened_pixels(scope: Scope, value: Value) -> Value | None:
-    """The image of one pixel (N, C, 1, 1) that a value (N, C) is another view of.
+    """The image of one pixel (N, C, 1, 1), or (N, C, 1), that a value (N, C) is another view of.
 
     None where bytes of that image would not lie as rows do.
     """
@@ -104,7 +191,9 @@ def flattened_pixels(scope: Scope, value: Value) -> Value | None:
         return None
     image: Value = node["self"]
     shape = scope.shape(image)
-    if (*scope.shape(value), 1, 1) != shape or (shape[0] > 1 and shape[1] % 4):
+    if len(shape) < 3 or (*scope.shape(value), *(1,) * (len(shape) - 2)) != shape:
+        return None
+    if shape[0] > 1 and shape[1] % 4:
         return None
     return image
 

@@ -151,22 +151,26 @@ class Scope:
             value is None or self.tensor_type(value).dtype == torch.float32 for value in values
         )
 
-    def operand(self, value: Value) -> Operand:
+    def operand(self, value: Value | Derived) -> Operand:
         """A value as a kernel sees it: contiguous."""
+        if value.constant is not None:
+            return constant_operand(value.constant)
+        assert isinstance(value, Value)
         kind = self.tensor_type(value)
-        plain = Operand.plain(dtype_name(kind.dtype), kind.shape)
-        if value.is_constant:
-            return ConstantOperand(plain.shape, plain.layout, _zeros(value))
-        return plain
+        return Operand.plain(dtype_name(kind.dtype), kind.shape)
+
+
+def constant_operand(tensor: torch.Tensor) -> ConstantOperand:
+    """A constant as a kernel sees it: contiguous."""
+    plain = Operand.plain(dtype_name(tensor.dtype), tuple(tensor.shape))
+    return ConstantOperand(plain.shape, plain.layout, _zeros(tensor))
 
 
 # By tensor, which a graph never writes to: plans for other sizes do not look for zeros again.
 _patterns: Any = WeakIdKeyDictionary()
 
 
-def _zeros(value: Value) -> ZeroPattern | None:
-    tensor = value.constant
-    assert tensor is not None
+def _zeros(tensor: torch.Tensor) -> ZeroPattern | None:
     find = {torch.float32: zero_pattern, torch.int8: word_pattern}.get(tensor.dtype)
     if find is None or tensor.dim() < 2:
         return None

@@ -17,7 +17,7 @@ from graphopt.ir import Graph, Node
 from graphopt.passes.layers import LINEAR
 from graphopt.passes.quantization.channel_statistics import ChannelMean
 from graphopt.passes.quantization.insertion import read_bias, write_bias
-from graphopt.passes.quantization.scheme import CONVOLUTION
+from graphopt.passes.quantization.scheme import CONVOLUTIONS
 from graphopt.pipeline import Context
 from graphopt.registry import register_pass
 
@@ -58,7 +58,7 @@ class BiasCorrection:
 
 
 def _has_bias(node: Node) -> bool:
-    if node.op not in (CONVOLUTION, LINEAR):
+    if node.op not in (*CONVOLUTIONS, LINEAR):
         return False
     bias = node["bias"]
     return bias is None or bias.is_constant or bias.producer.op == "graphopt.dequantize"
@@ -66,7 +66,7 @@ def _has_bias(node: Node) -> bool:
 
 def channel_means(graph: Graph, node: Node, data: CalibrationData) -> Tensor:
     """The mean of every output channel of a layer over data, [channels] in float64."""
-    mean = ChannelMean(node.output.rank - (1 if node.op == LINEAR else 3))
+    mean = ChannelMean(node.output.rank - (node["weight"].rank - 1))
 
     def show(seen: Node, results: list[Tensor]) -> None:
         if seen is node:

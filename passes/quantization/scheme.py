@@ -17,14 +17,17 @@ from graphopt.passes.channels import is_view
 from graphopt.passes.layers import LINEAR, Layer, layer_of
 from graphopt.passes.padding_folding import PADS
 
-CONVOLUTION = "aten.conv2d"
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d")
+"""Those that integer kernels compute."""
+
 ACTIVATIONS = frozenset("aten.relu aten.hardtanh aten.relu6 aten.clamp aten.clamp_min".split())
 """Clamps: after a layer they are part of it, elsewhere they keep scale and zero point."""
 
 _ADD = "aten.add.Tensor"
 _KEEPING = frozenset(
     """
-    aten.max_pool2d aten.avg_pool2d aten.adaptive_avg_pool2d aten.adaptive_max_pool2d aten.mean.dim
+    aten.max_pool1d aten.avg_pool1d aten.adaptive_avg_pool1d aten.mean.dim
+    aten.max_pool2d aten.avg_pool2d aten.adaptive_avg_pool2d aten.adaptive_max_pool2d
     aten.cat aten.slice.Tensor aten.select.int aten.split_with_sizes aten.split.Tensor
     aten.chunk aten.channel_shuffle aten.pixel_shuffle aten.upsample_nearest2d
     aten.upsample_nearest2d.vec aten.expand aten.flip
@@ -95,7 +98,7 @@ def find_scheme(graph: Graph, layers: frozenset[Node], *, fuses_additions: bool 
             _want(scheme, node["input"])
     for node in reversed(graph.nodes):
         # An integer convolution must end in quantized values; a linear layer may give floats.
-        if node in layers and node.op == CONVOLUTION:
+        if node in layers and node.op in CONVOLUTIONS:
             end = _end(scheme, node)
             if end is not None and _is_read(end):
                 _want(scheme, end)
@@ -104,14 +107,15 @@ def find_scheme(graph: Graph, layers: frozenset[Node], *, fuses_additions: bool 
 
 def is_candidate(node: Node) -> str | None:
     """Why a convolution or linear layer cannot compute with integers; None if it can."""
-    if node.op not in (CONVOLUTION, LINEAR):
+    if node.op not in (*CONVOLUTIONS, LINEAR):
         return f"{node.op} has no integer form"
     layer = layer_of(node)
     if not isinstance(layer, Layer):
         return layer.reason
     if layer.weight.dtype != torch.float32:
         return f"it computes in {layer.weight.dtype}"
-    if layer.input.is_constant or (node.op == CONVOLUTION and layer.input.rank != 4):
+    unbatched = node.op in CONVOLUTIONS and layer.input.rank != layer.weight.rank
+    if layer.input.is_constant or unbatched:
         return "its input is a constant, or has no batch"
     return None
 

@@ -91,17 +91,13 @@ def patches(node: Node, x: Tensor, generator: torch.Generator) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         return rows[_chosen(len(rows), generator)][None]
     kernel = node["weight"].shape[2:]
-    stride, dilation = per_dimension(node["stride"], 2), per_dimension(node["dilation"], 2)
+    spatial = len(kernel)
+    stride, dilation = (per_dimension(node[name], spatial) for name in ("stride", "dilation"))
     padding = zeros_around(node["padding"], kernel, dilation)
     windows = neighbourhoods(x, kernel, stride, padding, dilation)
-    images, height, width = windows.shape[:3]
-    chosen = _chosen(images * height * width, generator)
-    image, row, column = (
-        chosen // (height * width),
-        chosen // width % height,
-        chosen % width,
-    )
-    found = windows[image, row, column]
+    positions = windows.shape[: 1 + spatial]
+    chosen = _chosen(prod(positions), generator)
+    found = windows[torch.unravel_index(chosen, positions)]
     groups = int(node["groups"])
     return found.reshape(len(chosen), groups, -1).transpose(0, 1)
 

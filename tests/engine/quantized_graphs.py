@@ -9,31 +9,33 @@ import torch
 from graphopt.ir import Graph, Value
 
 
-def scheme(graph: Graph, scale: float, zero_point: int) -> tuple[Value, Value]:
-    """The constants of a scheme for a whole tensor."""
-    return (
+def quantized(
+    graph: Graph, x: Value, scale: float, zero_point: int, dtype: torch.dtype = torch.uint8
+) -> Value:
+    """A value as bytes; the zero point is that of unsigned ones, signed ones are 128 less each."""
+    limits = torch.iinfo(dtype)
+    parameters = (
         graph.constant(torch.tensor(scale, dtype=torch.float32)),
-        graph.constant(torch.tensor(zero_point, dtype=torch.uint8)),
+        graph.constant(torch.tensor(zero_point + limits.min, dtype=dtype)),
     )
+    tail = (None, limits.min, limits.max, dtype)
+    return graph.add("graphopt.quantize", x, *parameters, *tail)
 
 
-def quantized(graph: Graph, x: Value, scale: float, zero_point: int) -> Value:
-    """A value as bytes."""
-    parameters = scheme(graph, scale, zero_point)
-    return graph.add("graphopt.quantize", x, *parameters, None, 0, 255, torch.uint8)
-
-
-def dequantized(graph: Graph, q: Value) -> Value:
-    """Bytes as floats again."""
+def dequantized(graph: Graph, q: Value, scale: float | None = None) -> Value:
+    """Bytes as floats again, of the scale by which they were made, or another."""
     made = q.producer
     assert made is not None
-    parameters = (made["scale"], made["zero_point"])
-    return graph.add("graphopt.dequantize", q, *parameters, None, 0, 255, torch.uint8)
+    own = made["scale"] if scale is None else graph.constant(torch.tensor(scale))
+    tail = (None, made["quant_min"], made["quant_max"], made["dtype"])
+    return graph.add("graphopt.dequantize", q, own, made["zero_point"], *tail)
 
 
-def through_bytes(graph: Graph, x: Value, scale: float, zero_point: int) -> Value:
+def through_bytes(
+    graph: Graph, x: Value, scale: float, zero_point: int, dtype: torch.dtype = torch.uint8
+) -> Value:
     """A value quantized and dequantized."""
-    return dequantized(graph, quantized(graph, x, scale, zero_point))
+    return dequantized(graph, quantized(graph, x, scale, zero_point, dtype))
 
 
 def weight(

@@ -11,7 +11,6 @@ from quantized_graphs import (
     dequantized,
     layer,
     quantized,
-    scheme,
     through_bytes,
     weight,
 )
@@ -179,6 +178,20 @@ def test_a_linear_layer_of_rows() -> None:
     assert integer_kernels(check(graph, (2, 3, 20), step=0.02)) == ["integer matmul"]
 
 
+@pytest.mark.parametrize("floating", [True, False])
+def test_a_linear_layer_of_rows_skips_blocks_of_zeros(floating: bool) -> None:
+    graph, (x,) = new_graph((2, 64, 96))
+    x = through_bytes(graph, x, 0.03, 120)
+    values = torch.randint(-127, 128, (64, 96), dtype=torch.int8)
+    values *= torch.rand(32, 24).lt(0.1).repeat_interleave(2, 0).repeat_interleave(4, 1)
+    tail = (graph.constant(torch.tensor(0.003)), None, None, -127, 127, torch.int8)
+    own = graph.add("graphopt.dequantize", graph.constant(values), *tail)
+    y = graph.add("aten.linear", x, own)
+    graph.set_outputs([y if floating else through_bytes(graph, y, 0.03, 120)])
+    (kernel,) = integer_kernels(check(graph, (2, 64, 96), step=1e-4 if floating else 0.03))
+    assert kernel.startswith("sparse integer matmul 2x")
+
+
 def test_a_layer_with_a_float_result() -> None:
     graph, (x,) = new_graph((1, 8, 9, 9))
     x = through_bytes(graph, x, 0.03, 120)
@@ -218,45 +231,112 @@ def test_an_image_that_both_kinds_of_kernels_read() -> None:
     check(graph, (1, 8, 9, 9), step=0.05)
 
 
-def test_bytes_that_are_an_output_lie_in_plain_order() -> None:
+DTYPES = pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+
+
+@DTYPES
+def test_bytes_that_are_an_output_lie_in_plain_order(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((1, 6, 5, 5))
-    x = through_bytes(graph, x, 0.03, 120)
+    x = through_bytes(graph, x, 0.03, 120, dtype)
     y = layer(graph, x, "aten.conv2d", 6, 6, 1, 1, scale=0.03)
-    graph.set_outputs([quantized(graph, y, 0.05, 128)])
+    graph.set_outputs([quantized(graph, y, 0.05, 128, dtype)])
     check(graph, (1, 6, 5, 5), step=1.0)
 
 
-def test_bytes_read_with_another_scale_lie_in_plain_order() -> None:
+@DTYPES
+def test_bytes_read_with_another_scale_lie_in_plain_order(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((1, 6, 5, 5))
-    q = quantized(graph, x, 0.03, 120)
-    other = scheme(graph, 0.05, 110)
-    y = graph.add("graphopt.dequantize", q, *other, None, 0, 255, torch.uint8)
-    graph.set_outputs([y, dequantized(graph, q)])
+    q = quantized(graph, x, 0.03, 120, dtype)
+    graph.set_outputs([dequantized(graph, q, 0.05), dequantized(graph, q)])
     check(graph, (1, 6, 5, 5), step=0.03)
 
 
-def test_a_network_keeps_bytes_between_its_layers() -> None:
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 6, 5, 5), (4, 7)])
+def test_bytes_that_other_operators_read_are_as_they_are(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    graph, (x,) = new_graph(shape)
+    q = quantized(graph, x, 0.03, 120, dtype)
+    more = graph.add("aten.to.dtype", q, torch.int32)
+    graph.set_outputs([dequantized(graph, q), more, graph.add("aten.cumsum", q, 1)])
+    check(graph, shape, step=0.03)
+
+
+@DTYPES
+def test_a_network_keeps_bytes_between_its_layers(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((1, 3, 20, 20), batch=False)
-    x = through_bytes(graph, x, 0.03, 120)
+    x = through_bytes(graph, x, 0.03, 120, dtype)
     y = layer(graph, x, "aten.conv2d", 8, 3, 3, 3, scale=0.03, stride=[2, 2], padding=[1, 1])
-    y = through_bytes(graph, graph.add("aten.relu6", y), 0.03, 0)
+    y = through_bytes(graph, graph.add("aten.relu6", y), 0.03, 0, dtype)
     y = layer(graph, y, "aten.conv2d", 8, 1, 3, 3, scale=0.03, padding=[1, 1], groups=8)
-    y = first = through_bytes(graph, graph.add("aten.relu6", y), 0.02, 0)
+    y = first = through_bytes(graph, graph.add("aten.relu6", y), 0.02, 0, dtype)
     y = layer(graph, y, "aten.conv2d", 8, 8, 1, 1, scale=0.02)
-    y = through_bytes(graph, graph.add("aten.add.Tensor", y, first), 0.03, 80)
+    y = through_bytes(graph, graph.add("aten.add.Tensor", y, first), 0.03, 80, dtype)
     y = graph.add("aten.flatten.using_ints", graph.add("aten.mean.dim", y, [2, 3], True), 1)
-    y = layer(graph, through_bytes(graph, y, 0.01, 80), "aten.linear", 10, 8, scale=0.01)
+    y = layer(graph, through_bytes(graph, y, 0.01, 80, dtype), "aten.linear", 10, 8, scale=0.01)
     graph.set_outputs([y])
     plan = check(graph, (1, 3, 20, 20), steps=8, step=0.01)
     assert len(plan.steps) == 6
     assert len(integer_kernels(plan)) == 5
 
 
-def test_bytes_that_a_reduction_yields_are_kept_for_a_layer() -> None:
+@DTYPES
+def test_a_network_of_signals(dtype: torch.dtype) -> None:
+    graph, (x,) = new_graph((2, 3, 50))
+    x = through_bytes(graph, x, 0.03, 120, dtype)
+    y = layer(graph, x, "aten.conv1d", 8, 3, 5, scale=0.03, stride=[2], padding=[2])
+    y = through_bytes(graph, graph.add("aten.relu", y), 0.03, 0, dtype)
+    y = graph.add("aten.max_pool1d", y, [3], [2], [1])
+    y = first = through_bytes(graph, y, 0.03, 0, dtype)
+    y = graph.add("aten.constant_pad_nd", y, [2, 0], 0.0)
+    y = layer(graph, y, "aten.conv1d", 8, 1, 3, scale=0.03, groups=8)
+    y = through_bytes(graph, graph.add("aten.relu6", y), 0.02, 0, dtype)
+    y = layer(graph, y, "aten.conv1d.padding", 8, 8, 3, scale=0.02, padding="same", dilation=[2])
+    y = through_bytes(graph, graph.add("aten.add.Tensor", y, first), 0.03, 80, dtype)
+    y = through_bytes(graph, graph.add("aten.avg_pool1d", y, [3]), 0.03, 80, dtype)
+    y = graph.add("aten.flatten.using_ints", graph.add("aten.adaptive_avg_pool1d", y, [1]), 1)
+    y = layer(graph, through_bytes(graph, y, 0.01, 80, dtype), "aten.linear", 10, 8, scale=0.01)
+    graph.set_outputs([y])
+    plan = check(graph, (2, 3, 50), steps=12, step=0.01)
+    kernels = integer_kernels(plan)
+    assert len(plan.steps) == 8
+    assert kernels[1] == "integer pooling"
+    assert kernels[-2:] == ["integer global average", "integer matmul"]
+    assert len(kernels) == 7
+
+
+@pytest.mark.parametrize("density", [1.0, 0.1])
+def test_a_convolution_of_signals_with_a_float_result(density: float) -> None:
+    graph, (x,) = new_graph((2, 64, 70))
+    x = through_bytes(graph, x, 0.03, 120)
+    values = torch.randint(-127, 128, (32, 64, 3), dtype=torch.int8)
+    values *= torch.rand(32, 16, 1, 3).repeat_interleave(4, 1).lt(density).reshape(32, 64, 3)
+    tail = (graph.constant(torch.tensor(0.001)), None, None, -127, 127, torch.int8)
+    own = graph.add("graphopt.dequantize", graph.constant(values), *tail)
+    graph.set_outputs([graph.add("aten.conv1d", x, own)])
+    plan = check(graph, (2, 64, 70), step=1e-4)
+    kind = "integer" if density == 1 else "sparse integer"
+    assert kernels_of(plan)[-1].startswith(f"{kind} convolution")
+
+
+def test_rows_beside_signals_are_rows() -> None:
+    graph, (x,) = new_graph((2, 8, 20))
+    x = through_bytes(graph, x, 0.03, 120)
+    signal = layer(graph, x, "aten.conv1d", 6, 8, 3, scale=0.03)
+    rows = through_bytes(graph, graph.add("aten.tanh", x), 0.01, 128)
+    y = layer(graph, rows, "aten.linear", 12, 20, scale=0.01)
+    graph.set_outputs([signal, through_bytes(graph, y, 0.02, 100)])
+    plan = check(graph, (2, 8, 20), step=0.02)
+    assert integer_kernels(plan) == ["integer convolution 4x4", "integer matmul"]
+
+
+@DTYPES
+def test_bytes_that_a_reduction_yields_are_kept_for_a_layer(dtype: torch.dtype) -> None:
     graph, (x,) = new_graph((3, 20, 5))
-    y = through_bytes(graph, graph.add("aten.mean.dim", x, [2]), 0.02, 120)
+    y = through_bytes(graph, graph.add("aten.mean.dim", x, [2]), 0.02, 120, dtype)
     y = layer(graph, y, "aten.linear", 12, 20, scale=0.02)
-    graph.set_outputs([through_bytes(graph, y, 0.02, 100)])
+    graph.set_outputs([through_bytes(graph, y, 0.02, 100, dtype)])
     assert integer_kernels(check(graph, (3, 20, 5), step=0.02)) == ["integer matmul"]
 
 

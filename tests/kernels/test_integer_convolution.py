@@ -78,6 +78,18 @@ def test_nothing_saturates_in_between(name: str, seed: int) -> None:
     check(IntegerConvolution(**SHAPES[name], extreme=True, seed=seed), everywhere=False)
 
 
+@pytest.mark.parametrize("name", ["single pixels", "3x3", "depthwise"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_halves_round_to_even(name: str, residual: bool) -> None:
+    case = IntegerConvolution(**SHAPES[name], residual=residual)
+    case.weight = np.sign(case.weight)
+    case.bias[...] = 0
+    case.multiplier[...] = 0.5
+    case.numbers.residual_multiplier = 0.25
+    assert (case.sums() % 2 == 1).any()
+    check(case, everywhere=False)
+
+
 @st.composite
 def convolutions(draw: st.DrawFn) -> IntegerConvolution:
     kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))

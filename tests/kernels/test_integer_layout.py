@@ -97,6 +97,19 @@ def test_sums(shape: tuple[int, ...], count: int) -> None:
         np.testing.assert_array_equal(ungrouped(result, shape), rounded(t, 101, 20, 240))
 
 
+def test_halves_of_a_sum_round_to_even() -> None:
+    random = np.random.default_rng(0)
+    shape = (1, 8, 5, 5)
+    images = [random.integers(0, 256, shape, np.uint8) for _ in range(2)]
+    parameters = np.array([100, 0, 255, 128, 0.5, 120, 0.25], np.float32)
+    operand = Operand.grouped("uint8", shape)
+    problem = IntegerSumProblem((operand, operand, constant(parameters)), (operand,))
+    t = scaled(images[0], 128, 0.5) + scaled(images[1], 120, 0.25)
+    assert (t % 1 == 0.5).any()
+    for result in solutions(problem, [*map(grouped, images), parameters]):
+        np.testing.assert_array_equal(ungrouped(result, shape), rounded(t, 100, 0, 255))
+
+
 @pytest.mark.parametrize("channels", [(4, 8), (8, 4, 3), (12,)])
 @pytest.mark.parametrize("size", [(1, 1), (3, 9)])
 def test_concatenation(channels: tuple[int, ...], size: tuple[int, int]) -> None:

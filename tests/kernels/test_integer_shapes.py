@@ -68,6 +68,11 @@ def test_convolutions(part: int) -> None:
 def test_linear_layers() -> None:
     random = np.random.default_rng(4)
     for _ in range(SHAPES):
-        rows, depth, outputs = random.integers(1, [12, 200, 150]).tolist()
-        floating, extreme = random.random(2) < 0.5
-        check_linear((rows,), depth, outputs, bool(floating), bool(extreme))
+        rows, depth, outputs = random.integers(1, [40, 200, 150]).tolist()
+        floating, extreme, is_sparse = (random.random(3) < 0.5).tolist()
+        if is_sparse:
+            depth, outputs = 4 * -(-depth // 4), 4 * -(-outputs // 4)
+        density, block = 0.3 if is_sparse else 1.0, int(random.choice([1, 2, 4]))
+        check_linear(
+            (rows,), depth, outputs, floating, extreme, density=density, block=block
+        )

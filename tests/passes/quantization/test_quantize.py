@@ -46,6 +46,26 @@ class Perceptron(nn.Module):
         return self.second(nn.functional.gelu(self.first(self.norm(x))))
 
 
+class Signals(nn.Module):
+    """Convolutions of signals, pooling, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 8, 5, stride=2, padding=2)
+        self.depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.pointwise = nn.Conv1d(8, 8, 1)
+        self.classifier = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool1d(torch.relu(self.stem(x)), 3, 2, 1)
+        x = torch.relu(x + self.pointwise(torch.relu(self.depthwise(x))))
+        return self.classifier(nn.functional.adaptive_avg_pool1d(x, 1).flatten(1))
+
+
+def signals(seed: int, count: int = 8) -> Tensor:
+    return torch.randn(count, 3, 60, generator=torch.Generator().manual_seed(seed))
+
+
 def images(seed: int, count: int = 8) -> Tensor:
     return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
 
@@ -322,6 +342,15 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 def test_infinities_are_named(small: Graph) -> None:
     with pytest.raises(PassError, match="%x has infinities or NaNs"):
         Pipeline([Quantize(data=[images(0) / 0])]).run(small.clone())
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "reconstruction"])
+def test_convolutions_of_signals(method: str) -> None:
+    torch.manual_seed(0)
+    source = graphopt.trace(Signals().eval(), signals(0))
+    graph, ctx = quantize(source, data=[signals(k) for k in range(4)], method=method)
+    assert [row[2] for row in ctx.reports[0].rows] == [""] * 4
+    assert sqnr(source, graph, signals(9)) > 25
 
 
 def test_layers_that_have_no_integer_form_say_why() -> None:

@@ -99,6 +99,16 @@ def test_zeros_stay_zeros_and_dead_inputs_do_no_harm(method: Method) -> None:
     assert torch.equal(steps[0], (weight[0] / 0.1).round())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_do_not_make_good_for_weights_that_are_clipped(method: Method) -> None:
+    """Almost equal inputs, so that they could."""
+    weight, _ = problem(0, channels=20, inputs=12)
+    weight[:, :, ::2] = 0
+    covariance = torch.full((1, 12, 12), 0.9) + 0.1 * torch.eye(12)
+    steps = method(weight, torch.full((1, 20, 1), 0.5), covariance, 1)
+    assert (steps[:, :, ::2] == 0).all()
+
+
 def test_shrinking_by_the_formula() -> None:
     """Chen et al. 2010, equation 23, spelled out for one matrix."""
     matrix = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
