@@ -100,9 +100,7 @@ fault(
 )
 fault(
     "squares of results begin at the features of their last tile",
-    test_of(
-        "kernels/test_sparse_integer_matmul.py", "test_schedules", (40,), 64, 72, True, (2, 4)
-    ),
+    test_of("kernels/test_sparse_integer_matmul.py", "test_schedules", (40,), 64, 72, True, (2, 4)),
     changed_text(
         sparse_integer_matmul, "_SQUARES", "feature = 4 * tile + 4 - filled", "feature = 4 * tile"
     ),

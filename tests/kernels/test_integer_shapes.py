@@ -73,6 +73,4 @@ def test_linear_layers() -> None:
         if is_sparse:
             depth, outputs = 4 * -(-depth // 4), 4 * -(-outputs // 4)
         density, block = 0.3 if is_sparse else 1.0, int(random.choice([1, 2, 4]))
-        check_linear(
-            (rows,), depth, outputs, floating, extreme, density=density, block=block
-        )
+        check_linear((rows,), depth, outputs, floating, extreme, density=density, block=block)
