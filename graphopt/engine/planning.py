@@ -199,6 +199,7 @@ class _Compilation:
         part = self._plan({name: size})
         if size == batch:
             return part
+        assert isinstance(part.run, Program)
         program = PartsProgram(part.run, batch // size)
         return Plan(self._graph, program, self._sizes, part.steps, part.packed, part.literals)
 
