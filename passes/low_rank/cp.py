@@ -117,7 +117,7 @@ def alternating_least_squares(
     before = float("inf")
     for _ in range(SWEEPS):
         for d in order:
-            gram, product = _normal_equations(tensor, vectors, d)
+            gram, product = normal_equations(tensor, vectors, d)
             vectors[d] = _solve(gram, product, vectors[d])
         error = _error(square, gram, product, vectors[order[-1]])
         if before - error < CONVERGED * square:
@@ -168,7 +168,7 @@ def stabilize(tensor: Tensor, vectors: list[Tensor]) -> list[Tensor]:
     the bound of the error: a ridge regression whose multiplier is found by bisection.
     """
     square = tensor.square().sum().item()
-    gram, product = _normal_equations(tensor, vectors, 0)
+    gram, product = normal_equations(tensor, vectors, 0)
     error = _error(square, gram, product, vectors[0])
     bound = max(error, 0.0) * (1 + SLACK) + 1e-14 * square
     vectors = _equal_norms(vectors)
@@ -190,7 +190,7 @@ def _least_sensitive(tensor: Tensor, vectors: list[Tensor], d: int, bound: float
     """The vectors of one dimension with the least sensitivity whose squared error is within the
     bound; None if rounding leaves none."""
     square = tensor.square().sum().item()
-    gram, product = _normal_equations(tensor, vectors, d)
+    gram, product = normal_equations(tensor, vectors, d)
     norms = {k: vector.square().sum(dim=0) for k, vector in enumerate(vectors) if k != d}
     weights = sum(
         len(vectors[k]) * prod(norm for j, norm in norms.items() if j != k) for k in norms
@@ -218,7 +218,7 @@ def _least_sensitive(tensor: Tensor, vectors: list[Tensor], d: int, bound: float
     return (turned / (values + low)) @ basis.T * scale
 
 
-def _normal_equations(tensor: Tensor, vectors: list[Tensor], d: int) -> tuple[Tensor, Tensor]:
+def normal_equations(tensor: Tensor, vectors: list[Tensor], d: int) -> tuple[Tensor, Tensor]:
     """Of the least-squares problem for the vectors of one dimension: ``vectors @ gram = product``,
     with gram [rank, rank] and product [size, rank]."""
     others = [k for k in range(tensor.dim()) if k != d]
