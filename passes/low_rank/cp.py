@@ -6,6 +6,10 @@ Lebedev et al., "Speeding-up convolutional neural networks using fine-tuned CP-d
 which amplify every later error. So the least sensitive decomposition with (almost) the same error
 is looked for after it: Phan et al., "Stable low-rank tensor decomposition for compression of
 convolutional neural network", 2020.
+
+Where components are nearly dependent the least-squares problems are, too; a small term holds the
+vectors near those before: Navasca, De Lathauwer and Kindermann, "Swamp reducing technique for
+tensor decomposition", 2008.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ SWEEPS = 60
 STABLE_SWEEPS = 15
 CONVERGED = 1e-6
 """Iteration ends when a sweep lowers the error by less than this part of the kernel's square."""
+PROXIMITY = 1e-10
+"""Weight of that term, relative to the mean of the normal equations' diagonal."""
 SLACK = 1e-3
 """By which part the error may grow to make the decomposition less sensitive."""
 
@@ -111,14 +117,24 @@ def alternating_least_squares(
     before = float("inf")
     for _ in range(SWEEPS):
         for d in order:
-            gram, product = _normal_equations(tensor, vectors, d)
-            vectors[d] = product @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-13)
+            gram, product = normal_equations(tensor, vectors, d)
+            vectors[d] = _solve(gram, product, vectors[d])
         error = _error(square, gram, product, vectors[order[-1]])
         if before - error < CONVERGED * square:
             break
         before = error
         vectors = _equal_norms(vectors)
     return vectors
+
+
+def _solve(gram: Tensor, product: Tensor, before: Tensor) -> Tensor:
+    """Vectors with ``vectors @ gram = product``, nearly, and near those before."""
+    weight = PROXIMITY * gram.diagonal().mean()
+    diagonal = weight.expand(len(gram)).diag()
+    factor, failed = torch.linalg.cholesky_ex(gram + diagonal)
+    if failed:
+        return product @ torch.linalg.pinv(gram, hermitian=True, rtol=1e-13)
+    return torch.cholesky_solve((product + weight * before).T, factor).T
 
 
 def _fibres(tensor: Tensor, d: int) -> list[Tensor]:
@@ -152,7 +168,7 @@ def stabilize(tensor: Tensor, vectors: list[Tensor]) -> list[Tensor]:
     the bound of the error: a ridge regression whose multiplier is found by bisection.
     """
     square = tensor.square().sum().item()
-    gram, product = _normal_equations(tensor, vectors, 0)
+    gram, product = normal_equations(tensor, vectors, 0)
     error = _error(square, gram, product, vectors[0])
     bound = max(error, 0.0) * (1 + SLACK) + 1e-14 * square
     vectors = _equal_norms(vectors)
@@ -174,7 +190,7 @@ def _least_sensitive(tensor: Tensor, vectors: list[Tensor], d: int, bound: float
     """The vectors of one dimension with the least sensitivity whose squared error is within the
     bound; None if rounding leaves none."""
     square = tensor.square().sum().item()
-    gram, product = _normal_equations(tensor, vectors, d)
+    gram, product = normal_equations(tensor, vectors, d)
     norms = {k: vector.square().sum(dim=0) for k, vector in enumerate(vectors) if k != d}
     weights = sum(
         len(vectors[k]) * prod(norm for j, norm in norms.items() if j != k) for k in norms
@@ -202,15 +218,21 @@ def _least_sensitive(tensor: Tensor, vectors: list[Tensor], d: int, bound: float
     return (turned / (values + low)) @ basis.T * scale
 
 
-def _normal_equations(tensor: Tensor, vectors: list[Tensor], d: int) -> tuple[Tensor, Tensor]:
+def normal_equations(tensor: Tensor, vectors: list[Tensor], d: int) -> tuple[Tensor, Tensor]:
     """Of the least-squares problem for the vectors of one dimension: ``vectors @ gram = product``,
     with gram [rank, rank] and product [size, rank]."""
-    others = [vector for k, vector in enumerate(vectors) if k != d]
-    gram = reduce(torch.mul, [vector.T @ vector for vector in others])
-    columns = reduce(
-        lambda a, b: (a[:, None] * b).reshape(-1, b.shape[1]), others
-    )  # Khatri-Rao product, the last dimension fastest
-    return gram, tensor.movedim(d, 0).flatten(1) @ columns
+    others = [k for k in range(tensor.dim()) if k != d]
+    gram = reduce(torch.mul, [vectors[k].T @ vectors[k] for k in others])
+    longest = max(others, key=lambda k: tensor.shape[k])
+    product = torch.tensordot(tensor, vectors[longest], ([longest], [0]))
+    left = [k for k in range(tensor.dim()) if k != longest]
+    for k in reversed(left):
+        if k != d:
+            axis = left.index(k)  # axes before it are all still there
+            between = [1] * (product.dim() - axis - 2)
+            rows = vectors[k].reshape(len(vectors[k]), *between, -1)
+            product = (product * rows).sum(dim=axis)
+    return gram, product
 
 
 def _error(square: float, gram: Tensor, product: Tensor, vectors: Tensor) -> float:

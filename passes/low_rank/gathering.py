@@ -12,14 +12,13 @@ from graphopt.calibration import CalibrationData, Observer, observe
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.low_rank.candidates import LayerMoments
 from graphopt.passes.low_rank.moments import Moments
-from graphopt.passes.low_rank.replacement import in_rows
 from graphopt.passes.low_rank.subjects import Subject
 from graphopt.passes.neighbourhoods import neighbourhoods
 from graphopt.pipeline import Context
 
 POSITIONS = 1024
-"""Of how many positions of an image neighbourhoods count: with more, a random sample of so many
-per image on average. Neighbouring positions say much the same."""
+"""Of how many positions of an image neighbourhoods count: with more, a random sample of so many.
+Neighbouring positions say much the same."""
 
 
 def gather(
@@ -107,11 +106,12 @@ def empty(subject: Subject, inputs: bool, outputs: bool, pairs: bool = False) ->
 def add_outputs(subject: Subject, moments: LayerMoments, y: Tensor, wanted: Tensor | None) -> None:
     """Results of the layer, and those that it should have."""
     offsets, groups = subject.offsets(), subject.groups
-    rows = (in_rows(y, subject.spatial).double() - offsets).chunk(groups, dim=1)
+    rows = (in_samples(y, subject.spatial).double() - offsets).chunk(groups, dim=2)
     if wanted is None:
-        pairs = [row.new_zeros(len(row), 0) for row in rows]
+        pairs = [row.new_zeros(*row.shape[:2], 0) for row in rows]
     else:
-        pairs = list((in_rows(wanted, subject.spatial).double() - offsets).chunk(groups, dim=1))
+        targets = in_samples(wanted, subject.spatial).double() - offsets
+        pairs = list(targets.chunk(groups, dim=2))
     for one, x, target in zip(moments.outputs, rows, pairs, strict=True):
         one.add(x, target)
 
@@ -123,27 +123,41 @@ def add_inputs(
     wanted: Tensor | None,
     generator: torch.Generator,
 ) -> None:
-    """What the layer sees at every position, or at a sample of them, and the results that it
+    """What a convolution sees at every position, or at a sample of them, and the results that it
     should have there."""
-    spatial, kernels = subject.spatial, subject.kernels()
-    if spatial:
-        batched = x if x.dim() == spatial + 2 else x[None]
-        taps = tuple(kernels[0].shape[2:])
-        seen = neighbourhoods(batched, taps, subject.stride, subject.paddings(), subject.dilation)
-        count = seen.shape[: 1 + spatial].numel()
-        limit = POSITIONS * len(batched)
+    spatial, taps = subject.spatial, tuple(subject.weight.shape[2:])
+    batched = x if x.dim() == spatial + 2 else x[None]
+    seen = neighbourhoods(batched, taps, subject.stride, subject.paddings(), subject.dilation)
+    positions = seen.shape[1 : 1 + spatial]
+    images, count = torch.arange(len(seen))[:, None], positions.numel()
+    if count > POSITIONS:
+        order = torch.rand(len(seen), count, generator=generator).argsort(dim=1)
+        chosen = order[:, :POSITIONS]
     else:
-        seen = in_rows(x, 0)
-        count = limit = len(seen)
-    chosen = torch.arange(count)
-    if count > limit:
-        chosen = torch.randperm(count, generator=generator)[:limit]
-    places = torch.unravel_index(chosen, seen.shape[: 1 + spatial])
-    rows = seen[places].reshape(len(chosen), subject.groups, -1)
-    offsets = subject.offsets()
-    targets = rows.new_zeros(len(rows), 0)
+        chosen = torch.arange(count).expand(len(seen), count)
+    rows = seen[(images, *torch.unravel_index(chosen, positions))]
+    rows = rows.reshape(*chosen.shape, subject.groups, -1)
+    targets = rows.new_zeros(*chosen.shape, 0)
     if wanted is not None:
-        targets = in_rows(wanted, spatial)[chosen].double() - offsets
+        targets = in_samples(wanted, spatial)[images, chosen].double() - subject.offsets()
     for group, one in enumerate(moments.inputs):
-        part = targets.chunk(subject.groups, dim=1)[group] if wanted is not None else targets
-        one.add(rows[:, group], part)
+        part = targets.chunk(subject.groups, dim=2)[group] if wanted is not None else targets
+        one.add(rows[:, :, group], part)
+
+
+def in_samples(tensor: Tensor, spatial: int) -> Tensor:
+    """Values of a layer, image by image: [images, positions, channels].
+
+    What has neither positions nor a dimension of tokens has a position per image.
+
+    Args:
+        tensor: [images, channels, *positions], or without images; if the layer has no spatial
+            dimensions [images, ..., channels], or [channels].
+        spatial: how many spatial dimensions the layer has.
+    """
+    if spatial:
+        batched = tensor if tensor.dim() == spatial + 2 else tensor[None]
+        return batched.flatten(2).mT
+    if tensor.dim() == 1:
+        return tensor[None, None]
+    return tensor.flatten(1, -2) if tensor.dim() > 2 else tensor[:, None]

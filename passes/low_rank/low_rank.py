@@ -61,7 +61,9 @@ class LowRank:
         parameters: the share of its parameters that may be left.
         speedup: how many times faster the network is to be, in measured time.
         data: calibration data, see `graphopt.calibration.CalibrationData`. With it the error of
-            the layers' outputs is kept small instead of that of their weights.
+            the layers' outputs is kept small instead of that of their weights. Of fewer images
+            less is believed: with few of them, layers that see a single vector per image are
+            decomposed nearly as without data.
         asymmetric: with data, let every layer make up for the error of those before it: it is
             fitted to the outputs of the network as it was, from inputs as they are now. One sweep
             over the data per layer.

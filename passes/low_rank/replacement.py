@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graphopt.ir import Graph, Origin, Value
@@ -112,10 +111,3 @@ def _convolve(
         padding = own(subject.padding, 0)
     stride, dilation = own(subject.stride, 1), own(subject.dilation, 1)
     return graph.add(op, *operands, stride, padding, dilation, factor.groups, **settings)
-
-
-def in_rows(tensor: Tensor, spatial: int) -> Tensor:
-    """Results of a layer, one row per position: [positions, channels]."""
-    if spatial:
-        tensor = tensor.movedim(-spatial - 1, -1)
-    return torch.flatten(tensor, 0, -2) if tensor.dim() > 1 else tensor[None]

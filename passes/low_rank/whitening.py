@@ -2,10 +2,13 @@
 
 With the covariance C of the layer's input (for a convolution: of the neighbourhood that it sees),
 the mean squared error of the output is ``trace((W - V) C (W - V).T)`` for an approximation V of the
-kernel W; the means of input and output are met exactly, by the bias. Where a kernel is split into a
-matrix product, the best V is known: W projected on the principal components of the output (Zhang,
-Zou, He and Sun, "Accelerating very deep convolutional networks", 2015). In general the factors are
-improved in turn, each a least-squares problem in itself.
+kernel W; the means of input and output are met exactly, by the bias. A covariance that few images
+tell is shrunk towards that of inputs of which nothing is known, for which the plain decomposition
+is the best one: of a layer that sees a single vector per image, fewer images than inputs tell
+nothing of most directions, and all that is in these would be given up at no error. Where a kernel
+is split into a matrix product, the best V is known: W projected on the principal components of the
+output (Zhang, Zou, He and Sun, "Accelerating very deep convolutional networks", 2015). In general
+the factors are improved in turn, each a least-squares problem in itself.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ RIDGE = 1e-6
 class PrincipalOutputs:
     """`Splitting` into a single matrix product that is the best for data.
 
+    On the data itself it loses no more than the plain one, however far the covariance is shrunk:
+    it minimises a weighted sum of the error there and of the error that the plain one minimises.
+
     Args:
         plain: the same for the weights.
         kernel: float64, [output channels, input channels, *taps].
@@ -43,24 +49,30 @@ class PrincipalOutputs:
 
     def __init__(self, plain: Splitting, kernel: Tensor, outputs: Moments) -> None:
         self._plain, self._kernel, self._outputs = plain, kernel, outputs
+        self._square = kernel.flatten(1) @ kernel.flatten(1).T
         self.full = self.at_hand = plain.full
+
+    @cached_property
+    def _covariances(self) -> tuple[Tensor, Tensor]:
+        """Of the outputs as they are, and of those that they should be with them."""
+        return shrunk(self._outputs, self._square, self._square)
 
     @cached_property
     def _regression(self) -> Tensor | None:
         """What turns the outputs as they are into those that they should be."""
         if not self._outputs.has_pairs:
             return None
-        return regression_of(self._outputs.cross_covariance, self._outputs.covariance)
+        covariance, cross = self._covariances
+        return regression_of(cross, covariance)
 
     @cached_property
     def _components(self) -> tuple[Tensor, Tensor]:
         """Variances, descending, and principal components of the output."""
-        covariance = self._outputs.covariance
+        covariance = self._covariances[0]
         if self._regression is not None:
             covariance = self._regression @ covariance @ self._regression.T
-        square = self._kernel.flatten(1) @ self._kernel.flatten(1).T
-        ridge = RIDGE * covariance.trace() / square.trace().clamp_min(1e-300)
-        variances, components = torch.linalg.eigh(covariance + ridge * square)
+        ridge = RIDGE * covariance.trace() / self._square.trace().clamp_min(1e-300)
+        variances, components = torch.linalg.eigh(covariance + ridge * self._square)
         return variances.flip(0).clamp_min(0), components.flip(1)
 
     def error(self, ranks: Ranks) -> float:
@@ -102,12 +114,14 @@ class Refined:
 
     def __init__(self, plain: Family, kernel: Tensor, inputs: Moments) -> None:
         self._plain, self._moments = plain, inputs
-        covariance = inputs.covariance
+        identity = torch.eye(kernel[0].numel(), dtype=kernel.dtype)
+        covariance, cross = shrunk(inputs, identity, kernel.flatten(1))
         if inputs.has_pairs:
             self._wanted = inputs.y_mean
-            kernel = refitted(kernel, inputs.cross_covariance, covariance)
+            kernel = refitted(kernel, cross, covariance)
         else:
             self._wanted = kernel.flatten(1) @ inputs.x_mean
+        self._kernel = kernel
         self._problem = OutputError(kernel, covariance)
         self.full = plain.full
         self.at_hand = plain.at_hand
@@ -122,8 +136,11 @@ class Refined:
         return self._drafts[ranks]
 
     def chain(self, ranks: Ranks) -> Chain:
-        start = min((self._plain.chain(ranks), self.draft(ranks)), key=self._problem.error)
-        return self._problem.improve(start)
+        """On the calibration data itself it is at least as good as the plain one, too."""
+        plain = self._plain.chain(ranks)
+        start = min((plain, self.draft(ranks)), key=self._problem.error)
+        on_data = OutputError(self._kernel, self._moments.covariance)
+        return min((self._problem.improve(start), plain), key=on_data.error)
 
     def shift(self, ranks: Ranks, chain: Chain) -> Tensor:
         return self._wanted - compose(chain).flatten(1) @ self._moments.x_mean
@@ -217,6 +234,21 @@ class OutputError:
             before, square = square, residual.square().sum()
             direction = residual + (square / before) * direction
         return min((with_weight(weight), chain), key=self.error)
+
+
+def shrunk(moments: Moments, target: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The covariance of x, and that of y and x, as far as the data tells them.
+
+    Args:
+        moments: of the data.
+        target: the covariance of x where nothing is known, but for a factor: [x_size, x_size].
+        pairs: that of y and x there: [y_size, x_size].
+    """
+    share, multiple = moments.shrinkage(target)
+    covariance = (1 - share) * moments.covariance + share * multiple * target
+    if not moments.has_pairs:
+        return covariance, moments.cross_covariance
+    return covariance, (1 - share) * moments.cross_covariance + share * multiple * pairs
 
 
 def regression_of(cross: Tensor, covariance: Tensor) -> Tensor:

@@ -13,7 +13,12 @@ from low_rank_support import generator, methods_for, random
 
 from graphopt.ir.patterns import Decline
 from graphopt.passes.low_rank import matrices
-from graphopt.passes.low_rank.cp import alternating_least_squares, sensitivity, stabilize
+from graphopt.passes.low_rank.cp import (
+    alternating_least_squares,
+    normal_equations,
+    sensitivity,
+    stabilize,
+)
 from graphopt.passes.low_rank.factors import (
     Factor,
     compose,
@@ -256,6 +261,27 @@ def test_cp_finds_planted_products():
     one = made("cp", tensor)
     assert one.error((3,)) < 1e-6
     assert one.evbmf() == (3,)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (4, 6, 2, 3), (3, 3, 5, 2)])
+def test_normal_equations_are_those_of_the_products_of_the_other_vectors(shape):
+    tensor, vectors = random(*shape), [random(n, 7, seed=n) for n in shape]
+    for d in range(len(shape)):
+        gram, product = normal_equations(tensor, vectors, d)
+        others = torch.ones(1, 7).double()
+        for k, vector in enumerate(vectors):
+            if k != d:
+                others = torch.einsum("ar,br->abr", others, vector).flatten(0, 1)
+        torch.testing.assert_close(gram, others.T @ others)
+        torch.testing.assert_close(product, tensor.movedim(d, 0).flatten(1) @ others)
+
+
+def test_alternating_least_squares_survives_more_products_than_the_tensor_needs():
+    """The least-squares problems have no single solution then."""
+    tensor = torch.einsum("or,ir,hr->oih", *(random(n, 2, seed=n) for n in (7, 6, 3)))
+    vectors = alternating_least_squares(tensor, 9, generator())
+    found = torch.einsum("or,ir,hr->oih", *vectors)
+    assert relative_error(tensor, found) < 1e-6
 
 
 def test_the_stable_decomposition_is_less_sensitive_and_as_near():
