@@ -98,7 +98,8 @@ class Memory:
 class Report:
     """Layers of an optimized network, with totals before and after; prints as a table.
 
-    ``memory`` is None where no plan was given.
+    ``memory`` is None where no plan was given. A batch may be computed in ``parts``, one after
+    another; times of kernels are for all of them.
     """
 
     layers: tuple[Layer, ...]
@@ -106,18 +107,20 @@ class Report:
     totals: Totals
     passes: tuple[PassReport, ...] = ()
     memory: Memory | None = None
+    parts: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """``layers`` (a list of dicts with the fields of `Layer`), ``totals`` of the optimized
         network and ``before``, those of its source (dicts with the fields of `Totals`),
-        ``passes``, what these told (a list of dicts with the fields of `PassReport`), and
-        ``memory`` (a dict with the fields of `Memory`, or None)."""
+        ``passes``, what these told (a list of dicts with the fields of `PassReport`), ``memory``
+        (a dict with the fields of `Memory`, or None) and ``parts``."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "totals": asdict(self.totals),
             "before": asdict(self.before),
             "passes": [told.to_dict() for told in self.passes],
             "memory": None if self.memory is None else asdict(self.memory),
+            "parts": self.parts,
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -141,6 +144,8 @@ class Report:
                 f"{_bytes(self.memory.arena_lower_bound)} live at one time); constants packed for "
                 f"kernels: {_bytes(self.memory.packed)}"
             )
+        if self.parts > 1:
+            yield f"the batch is computed in {self.parts} parts, which was faster"
         yield from self.passes
 
     def __str__(self) -> str:
@@ -179,7 +184,8 @@ def build_report(
     time_ms = sum(layer.time_ms or 0.0 for layer in layers)
     packed = sum(array.nbytes for arrays in plan.packed.values() for array in arrays)
     memory = Memory(plan.run.arena_bytes, plan.run.arena_lower_bound, packed)
-    return Report(tuple(layers), totals(before), totals(after, time_ms), passes, memory)
+    all_after = totals(after, time_ms)
+    return Report(tuple(layers), totals(before), all_after, passes, memory, plan.parts)
 
 
 def totals(graph: Graph, time_ms: float | None = None) -> Totals:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphopt
+from graphopt.engine import selection
+from graphopt.engine.parts import part_keys
 from graphopt.flops import count_flops
 from graphopt.ir import Graph, TensorType
 from graphopt.pass_report import PassReport
@@ -208,6 +210,22 @@ def test_memory_of_a_plan_is_reported():
     assert memory.packed >= 4 * (64 * 32 + 32 * 48 + 48 * 2)
     assert report.to_dict()["memory"]["arena"] == memory.arena
     assert "memory of a call" in str(report)
+
+
+def test_parts_of_a_batch_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAPHOPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GRAPHOPT_SELECTION", "measure")
+    selection.forget()
+    try:
+        opt = graphopt.optimize(nn.Linear(6, 4), torch.randn(8, 6))
+        keys = part_keys(opt.graph, opt.graph.sizes, opt.threads, [1, 4])
+        selection.remember(dict(zip(keys, (3.0, 2.0, 1.0), strict=True)))
+        report = opt.report()
+    finally:
+        selection.forget()
+    assert report.parts == report.to_dict()["parts"] == 2
+    assert "in 2 parts" in str(report)
+    assert report.layers[0].macs == 8 * 6 * 4
 
 
 def test_what_passes_tell_is_part_of_the_report():

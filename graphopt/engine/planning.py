@@ -92,6 +92,11 @@ class Plan:
         self.is_computed = tuple(literal is COMPUTED for literal in literals)
 
     @property
+    def parts(self) -> int:
+        """In how many parts, one after another, the batch is computed."""
+        return self.run.count if isinstance(self.run, PartsProgram) else 1
+
+    @property
     def call_backs(self) -> tuple[PlanStep, ...]:
         """The steps that torch does."""
         return tuple(step for step in self.steps if step.is_call_back)
