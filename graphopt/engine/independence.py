@@ -160,7 +160,8 @@ _RULES: dict[str, _Rule] = {
             *("aten.softmax.int", "aten._softmax", "aten.log_softmax.int", "aten.glu"),
             *("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax", "aten.amin", "aten.select.int"),
             *("aten.slice.Tensor", "aten.split.Tensor", "aten.split_with_sizes", "aten.chunk"),
-            "aten.narrow",
+            # A part of one entry would lose the dimension that a larger batch keeps.
+            *("aten.narrow", "aten.squeeze.dim", "aten.squeeze.dims"),
         ),
         _along("dim"),
     ),
@@ -175,8 +176,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(
         (
             *("aten.view", "aten.reshape", "aten.flatten.using_ints", "aten.unflatten.int"),
-            *("aten.unsqueeze", "aten.squeeze.dim", "aten.squeeze.dims", "aten.expand"),
-            *("aten.contiguous", "aten.clone"),
+            *("aten.unsqueeze", "aten.expand", "aten.contiguous", "aten.clone"),
         ),
         _always,
     ),
