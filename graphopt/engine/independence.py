@@ -55,18 +55,24 @@ class _Judge:
         return same and [shape[0] for shape in shapes] == self._sizes
 
     def keeps_apart(self, node: Node) -> bool:
-        operands = [v for v in node.input_values() if isinstance(v.types[0], TensorType)]
+        """Whether no entry of a node's results depends on another, or on how many there are."""
+        operands = list(node.input_values())
         batched = [value for value in operands if self.is_batched(value)]
-        fixed = [v for v in operands if v not in batched]
-        if any(len(set(v.types)) > 1 for v in fixed):
-            return False  # a size that varies elsewhere
         if not all(map(self.is_batched, node.outputs)):
-            return not batched and all(len(set(v.types)) == 1 for v in node.outputs)
+            return not batched and not any(map(_varies, (*operands, *node.outputs)))
+        rule = _RULES.get(node.op)
+        if rule is not _keeps_order and any(_varies(v) for v in operands if v not in batched):
+            return False  # another size, or the number of entries itself
         pointwise = torch.Tag.pointwise in getattr(node.operator.target, "tags", ())
         if pointwise or node.op in _POINTWISE:
-            return all(value.rank == node.output.rank for value in batched)
-        rule = _RULES.get(node.op)
+            alone = not node.operator.is_random
+            return alone and all(value.rank == node.output.rank for value in batched)
         return rule is not None and rule(node, batched)
+
+
+def _varies(value: Value) -> bool:
+    """Whether a shape, or a number, depends on the free sizes."""
+    return len(set(value.types)) > 1
 
 
 _Rule = Callable[[Node, list[Value]], bool]
@@ -127,13 +133,18 @@ def _multiplies(node: Node, batched: list[Value]) -> bool:
 def _attends(node: Node, batched: list[Value]) -> bool:
     stacks = [node[name] for name in ("query", "key", "value")]
     mask = node["attn_mask"]
-    whole = all(value in batched for value in stacks)
+    whole = all(value in batched for value in stacks) and not node["dropout_p"]
     return whole and (mask not in batched or mask.rank == node["query"].rank)
 
 
-def _always(node: Node, batched: list[Value]) -> bool:
+def _normalizes(node: Node, batched: list[Value]) -> bool:
+    """By statistics that are given, not by those of the batch."""
+    return not node["training"] and _only("input")(node, batched)
+
+
+def _keeps_order(node: Node, batched: list[Value]) -> bool:
     """Elements keep their order, or are repeated for every entry: as dimension 0 is the batch
-    before and after, so do the entries."""
+    before and after, so do the entries. Sizes are operands."""
     return True
 
 
@@ -142,7 +153,8 @@ _RULES: dict[str, _Rule] = {
         ("aten.conv1d", "aten.conv2d", "aten.conv2d.padding", "aten.convolution", "aten.linear"),
         _only("input"),
     ),
-    **dict.fromkeys(("aten.batch_norm", "aten.group_norm"), _only("input")),
+    "aten.batch_norm": _normalizes,
+    "aten.group_norm": _only("input"),
     **dict.fromkeys(
         (
             *("aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d"),
@@ -178,6 +190,6 @@ _RULES: dict[str, _Rule] = {
             *("aten.view", "aten.reshape", "aten.flatten.using_ints", "aten.unflatten.int"),
             *("aten.unsqueeze", "aten.expand", "aten.contiguous", "aten.clone"),
         ),
-        _always,
+        _keeps_order,
     ),
 }

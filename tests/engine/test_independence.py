@@ -68,6 +68,9 @@ MIXED: dict[str, Callable[[Called, Tensor], Tensor]] = {
     "broadcast to a channel": lambda m, x: x[:, 0, 0, 0] + x.amax((1, 2))[:, :1],
     "one for all": lambda m, x: x.mean(),
     "fewer entries": lambda m, x: x[1:],
+    "times their number": lambda m, x: x * x.shape[0],
+    "share of a sum": lambda m, x: torch.add(x, x, alpha=1 / x.shape[0]),
+    "normalised by the batch": lambda m, x: F.batch_norm(x, None, None, training=True),
     "none but one entry": lambda m, x: m.linear(x).squeeze(0),
 }
 
