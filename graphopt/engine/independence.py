@@ -133,7 +133,8 @@ def _multiplies(node: Node, batched: list[Value]) -> bool:
 def _attends(node: Node, batched: list[Value]) -> bool:
     stacks = [node[name] for name in ("query", "key", "value")]
     mask = node["attn_mask"]
-    whole = all(value in batched for value in stacks) and not node["dropout_p"]
+    # In matrices without a stack, dimension 0 is what attends.
+    whole = all(value in batched and value.rank > 2 for value in stacks) and not node["dropout_p"]
     return whole and (mask not in batched or mask.rank == node["query"].rank)
 
 
