@@ -147,97 +147,77 @@ def compile_graph(
     """
     sizes = graph.sizes if sizes is None else sizes
     selection = selection or Selection.default()
-    one = _Compilation(graph, dict(sizes), threads, selection, like)
+
+    def plan(own: Mapping[str, int]) -> Plan:
+        return _plan(graph, own, threads, selection, like)
+
     parts = part_sizes(graph, sizes) if selection.measure else []
     if not parts:
-        return one.whole()
-    batch, keys = next(iter(sizes.values())), part_keys(graph, sizes, threads, parts)
+        return plan(sizes)
+    ((name, batch),) = sizes.items()
+    counts, keys = [batch, *parts], part_keys(graph, sizes, threads, parts)
     known = selecting.remembered(keys)
     if known is not None:
-        return one.in_parts(min(zip(known, [batch, *parts], strict=True))[1])
-    whole = one.whole()
+        return _repeated(plan({name: counts[known.index(min(known))]}), sizes)
+    whole = plan(sizes)
     if whole.run.arena_bytes < WORTH_PARTS:
         return whole
-    plans = [whole, *map(one.in_parts, parts)]
-    times = _least_times(plans)
+    plans = [whole, *(_repeated(plan({name: count}), sizes) for count in parts)]
+    inputs = random_inputs(whole.run)
+    times = selecting.least_times([(one.run, inputs) for one in plans], TURNS_OF_PARTS)
     selecting.remember(dict(zip(keys, times, strict=True)))
     selecting.save()
     return plans[times.index(min(times))]
 
 
-def _least_times(plans: Sequence[Plan]) -> list[float]:
-    """Least seconds of a call of each, on random inputs; they take turns."""
-    inputs = random_inputs(plans[0].run)
-    least = [math.inf] * len(plans)
-    for turn in range(1 + TURNS_OF_PARTS):
-        for place, plan in enumerate(plans):
-            start = time.perf_counter()
-            plan.run(*inputs)
-            if turn:
-                least[place] = min(least[place], time.perf_counter() - start)
-    return least
+def _repeated(part: Plan, sizes: Mapping[str, int]) -> Plan:
+    """The plan for a whole batch that a plan for a part of it makes, which may be all of it."""
+    ((name, batch),) = sizes.items()
+    count = batch // part.sizes[name]
+    if count == 1:
+        return part
+    assert isinstance(part.run, Program)
+    program = PartsProgram(part.run, count)
+    return Plan(part.graph, program, sizes, part.steps, part.packed, part.literals)
 
 
-class _Compilation:
-    """Plans of one graph: of a whole batch, and of a part of it that is run several times."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        sizes: dict[str, int],
-        threads: int,
-        selection: Selection,
-        like: Plan | None,
-    ) -> None:
-        self._graph = graph
-        self._sizes = sizes
-        self._threads = threads
-        self._selection = selection
-        self._like = like
-
-    def whole(self) -> Plan:
-        return self._plan(self._sizes)
-
-    def in_parts(self, size: int) -> Plan:
-        """A plan that computes so many entries of the batch at a time."""
-        ((name, batch),) = self._sizes.items()
-        part = self._plan({name: size})
-        if size == batch:
-            return part
-        assert isinstance(part.run, Program)
-        program = PartsProgram(part.run, batch // size)
-        return Plan(self._graph, program, self._sizes, part.steps, part.packed, part.literals)
-
-    def _plan(self, sizes: dict[str, int]) -> Plan:
-        graph, types = self._graph, self._graph.types_under(sizes)
-        works = lower(graph, types)
-        writer = _Writer(graph, self._threads, self._selection, self._like)
-        for value in graph.inputs:
+def _plan(
+    graph: Graph,
+    sizes: Mapping[str, int],
+    threads: int,
+    selection: Selection,
+    like: Plan | None,
+) -> Plan:
+    """A plan that computes a whole batch at once."""
+    types = graph.types_under(sizes)
+    works = lower(graph, types)
+    writer = _Writer(graph, threads, selection, like)
+    for value in graph.inputs:
+        kind = types[value]
+        assert isinstance(kind, TensorType)
+        writer.builder.add_input(value, kind.shape, kind.dtype)
+    read = {value for work in works for value in work.inputs}
+    for value in graph.constants:
+        if value in read or value.is_output:
+            assert value.constant is not None
+            writer.builder.add_constant(value, value.constant)
+    for work, contenders in zip(works, writer.contenders(works), strict=True):
+        for value in work.outputs:
             kind = types[value]
             assert isinstance(kind, TensorType)
-            writer.builder.add_input(value, kind.shape, kind.dtype)
-        read = {value for work in works for value in work.inputs}
-        for value in graph.constants:
-            if value in read or value.is_output:
-                assert value.constant is not None
-                writer.builder.add_constant(value, value.constant)
-        for work, contenders in zip(works, writer.contenders(works), strict=True):
-            for value in work.outputs:
-                kind = types[value]
-                assert isinstance(kind, TensorType)
-                writer.declare(work, value, kind)
-            writer.add(work, contenders)
-        literals: list[Any] = []
-        for output in graph.outputs:
-            result = types[output] if isinstance(output, Value) else output
-            if isinstance(result, TensorType):
-                writer.builder.add_output(output)
-                literals.append(COMPUTED)
-            else:
-                literals.append(result.value if isinstance(result, ScalarType) else result)
-        selecting.save()
-        program = writer.builder.build(self._threads, alone_below=ALONE_BELOW)
-        return Plan(graph, program, sizes, writer.steps, writer.packed, literals)
+            writer.declare(work, value, kind)
+        writer.add(work, contenders)
+    literals: list[Any] = []
+    for output in graph.outputs:
+        result = types[output] if isinstance(output, Value) else output
+        if isinstance(result, TensorType):
+            writer.builder.add_output(output)
+            literals.append(COMPUTED)
+        else:
+            literals.append(result.value if isinstance(result, ScalarType) else result)
+    selecting.save()
+    program = writer.builder.build(threads, alone_below=ALONE_BELOW)
+    return Plan(graph, program, sizes, writer.steps, writer.packed, literals)
 
 
 class _Writer:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import llvmlite
@@ -128,17 +128,25 @@ def measure(
         single_kernel(candidate, constants, threads, arrays)
         for candidate, arrays in zip(timed, packed, strict=True)
     ]
+    fetching = [sum(array.nbytes for array in arrays) / MEMORY_SPEED for arrays in packed]
+    return [max(pair) for pair in zip(fetching, least_times(programs), strict=True)]
+
+
+def least_times(
+    programs: Sequence[tuple[Callable[..., object], Sequence[torch.Tensor]]], turns: int = TURNS
+) -> list[float]:
+    """Least time of a run of each program on its inputs in seconds, after a first one that does
+    not count; they take turns."""
     for program, inputs in programs:
         program(*inputs)
-    fetching = [sum(array.nbytes for array in arrays) / MEMORY_SPEED for arrays in packed]
-    least = [float("inf")] * len(timed)
-    for _ in range(TURNS):
+    least = [float("inf")] * len(programs)
+    for _ in range(turns):
         for place, (program, inputs) in enumerate(programs):
             least[place] = min(least[place], _least_time(program, inputs))
-    return [max(pair) for pair in zip(fetching, least, strict=True)]
+    return least
 
 
-def _least_time(program: Program, inputs: Sequence[torch.Tensor]) -> float:
+def _least_time(program: Callable[..., object], inputs: Sequence[torch.Tensor]) -> float:
     best, spent = float("inf"), 0.0
     while spent < SECONDS_PER_TURN:
         start = time.perf_counter()

@@ -99,7 +99,7 @@ def test_measured_once(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_graph(graph, threads=2, selection=Selection())
     times = selection.remembered(keys)
     assert times is not None
-    monkeypatch.setattr(planning, "_least_times", None)
+    monkeypatch.setattr(selection, "least_times", None)
     compile_graph(graph, threads=2, selection=Selection())
 
 
