@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.engine.independence import batch_of
-from graphopt.engine.program import Program, TensorSpec
-from graphopt.errors import TraceError
+from graphopt.engine.program import Program, TensorSpec, check_count, check_input
 from graphopt.ir import Graph
 from graphopt.ir import sizes as free_sizes
 
@@ -75,12 +74,9 @@ class PartsProgram:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run all parts; arguments, results and errors are those of `Program`."""
-        if len(inputs) != len(self.inputs):
-            raise TraceError(f"the program takes {len(self.inputs)} inputs, got {len(inputs)}")
+        check_count(inputs, self.inputs)
         for index, (tensor, spec) in enumerate(zip(inputs, self.inputs, strict=True)):
-            if not isinstance(tensor, Tensor) or tensor.shape != spec.shape:
-                found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TraceError(f"input {index} is {found}, but the program was made for {spec}")
+            check_input(tensor, index, spec)
         with torch.no_grad():
             parts = zip(*(tensor.chunk(self.count) for tensor in inputs), strict=True)
             results = [self.part(*part) for part in parts]

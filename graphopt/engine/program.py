@@ -320,8 +320,7 @@ class Program:
     def _begin(self, context: Context, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The memories of a call, inputs and new outputs among them, their addresses noted."""
         code = self._code
-        if len(inputs) != len(code.inputs):
-            raise TraceError(f"the program takes {len(code.inputs)} inputs, got {len(inputs)}")
+        check_count(inputs, code.inputs)
         memories = context.memories.copy()
         externals = [_admit(x, i, code.inputs[i]) for i, x in enumerate(inputs)]
         for spec in code.allocated:
@@ -367,13 +366,24 @@ class Program:
         return times
 
 
-def _admit(tensor: Any, index: int, spec: TensorSpec) -> Tensor:
-    """An input as kernels want it: contiguous and aligned to its elements."""
+def check_count(inputs: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+    """Raise TraceError unless there are as many inputs as specs."""
+    if len(inputs) != len(specs):
+        raise TraceError(f"the program takes {len(specs)} inputs, got {len(inputs)}")
+
+
+def check_input(tensor: Any, index: int, spec: TensorSpec) -> None:
+    """Raise TraceError unless an input is a tensor of the spec's shape and dtype."""
     if not isinstance(tensor, Tensor):
         raise TraceError(f"input {index} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype != spec.dtype or tensor.shape != spec.shape:
         found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         raise TraceError(f"input {index} is {found}, but the program was made for {spec}")
+
+
+def _admit(tensor: Any, index: int, spec: TensorSpec) -> Tensor:
+    """An input as kernels want it: contiguous and aligned to its elements."""
+    check_input(tensor, index, spec)
     if not tensor.is_cpu or tensor.layout != torch.strided:
         raise TraceError(
             f"input {index} is a {tensor.layout} tensor on {tensor.device}; "
