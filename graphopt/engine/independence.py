@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from graphopt.engine.layer_rules import CONVOLUTIONS
 from graphopt.engine.quantization import DEQUANTIZE, QUANTIZE
+from graphopt.engine.view_rules import PADS
 from graphopt.ir import Graph, Node, TensorType, Value
 
 
@@ -150,10 +152,7 @@ def _keeps_order(node: Node, batched: list[Value]) -> bool:
 
 
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(
-        ("aten.conv1d", "aten.conv2d", "aten.conv2d.padding", "aten.convolution", "aten.linear"),
-        _only("input"),
-    ),
+    **dict.fromkeys((*CONVOLUTIONS, "aten.linear"), _only("input")),
     "aten.batch_norm": _normalizes,
     "aten.group_norm": _only("input"),
     **dict.fromkeys(
@@ -167,7 +166,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys((QUANTIZE, DEQUANTIZE), _only("x")),
     "aten.embedding": _only("indices"),
     "aten.layer_norm": _trailing("normalized_shape"),
-    **dict.fromkeys(("aten.pad", "aten.constant_pad_nd"), _pads),
+    **dict.fromkeys(PADS, _pads),
     **dict.fromkeys(
         (
             *("aten.softmax.int", "aten._softmax", "aten.log_softmax.int", "aten.glu"),

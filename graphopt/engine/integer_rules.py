@@ -26,7 +26,7 @@ from graphopt.engine.integer_units import (
     layer_constants,
     make_unit,
 )
-from graphopt.engine.layer_rules import convolution_geometry
+from graphopt.engine.layer_rules import CONVOLUTIONS, convolution_geometry
 from graphopt.engine.quantization import (
     ACTIVATIONS,
     DEQUANTIZE,
@@ -46,10 +46,7 @@ from graphopt.kernels.integer_problems import (
     QuantizeProblem,
 )
 
-_CONVOLUTIONS = (
-    "aten.conv1d", "aten.conv1d.padding", "aten.conv2d", "aten.conv2d.padding", "aten.convolution"
-)  # fmt: skip
-_MULTIPLYING = (*_CONVOLUTIONS, "aten.linear")
+_MULTIPLYING = (*CONVOLUTIONS, "aten.linear")
 """Layers whose sums may become float32 as well."""
 
 
@@ -140,7 +137,7 @@ def _sum(scope: Scope, node: Node, target: Callable[[Bytes | None], Target]) -> 
     left, right = node["self"], node["other"]
     for value, other in ((left, right), (right, left)):
         layer, residual = private(value), image_of(scope, other)
-        if layer is not None and layer.op in _CONVOLUTIONS and residual is not None:
+        if layer is not None and layer.op in CONVOLUTIONS and residual is not None:
             unit = _convolution(scope, layer, target(residual))
             if unit is not None:
                 return unit
@@ -244,7 +241,7 @@ def _concatenation(scope: Scope, node: Node, target: Target) -> IntegerUnit | No
 
 
 _LAYERS: dict[str, IntegerRule] = {
-    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
     **POOLS,
     "aten.linear": linear,
     "aten.cat": _concatenation,

@@ -101,9 +101,12 @@ def layer_rule(*ops: str) -> Callable[[Rule], Rule]:
     return add
 
 
-@layer_rule(
+CONVOLUTIONS = (
     "aten.conv1d", "aten.conv2d", "aten.conv1d.padding", "aten.conv2d.padding", "aten.convolution"
-)
+)  # fmt: skip
+
+
+@layer_rule(*CONVOLUTIONS)
 def _convolution(scope: Scope, node: Node) -> Layer | None:
     x, weight, bias = node["input"], folded(node["weight"]), node["bias"]
     if not scope.all_float32(x, node["weight"], bias) or not weight.is_constant:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from graphopt.engine.view_rules import PADS
 from graphopt.engine.work import ConstantWork, Derived, Scope
 from graphopt.ir import Graph, Node, TensorType, Type, Value
 
@@ -116,7 +117,7 @@ def _is_signal(value: Value) -> bool:
     layer over signals reads, or computes up to additions and activations."""
     readers = [reader for user in value.users for reader in user.output.users]
     for reader in readers:
-        padded = reader.output.users if reader.op in _PADS else ()
+        padded = reader.output.users if reader.op in PADS else ()
         if not _SIGNAL_LAYERS.isdisjoint(node.op for node in (reader, *padded)):
             return True
     node = value.producer["x"].producer if value.producer is not None else None
@@ -133,7 +134,6 @@ ACTIVATIONS = frozenset(
     "aten.relu aten.relu6 aten.hardtanh aten.clamp aten.clamp_min aten.clamp_max".split()
 )
 """Those that clamp."""
-_PADS = ("aten.pad", "aten.constant_pad_nd")
 _SIGNAL_LAYERS = frozenset(
     """
     aten.conv1d aten.conv1d.padding aten.convolution aten.max_pool1d aten.avg_pool1d

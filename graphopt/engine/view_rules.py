@@ -257,6 +257,9 @@ def _padding(scope: Scope, node: Node) -> tuple[list[int], list[int], bool | int
     return before, after, 0 if value is None else value
 
 
+PADS = ("aten.pad", "aten.constant_pad_nd")
+
+
 def zero_padding(scope: Scope, value: Value) -> tuple[Value, list[tuple[int, int]]]:
     """What a value was before zeros were put around it, and how many along each dimension.
 
@@ -264,7 +267,7 @@ def zero_padding(scope: Scope, value: Value) -> tuple[Value, list[tuple[int, int
     """
     node = value.producer
     nothing = [(0, 0)] * len(scope.shape(value))
-    if node is None or node.op not in ("aten.pad", "aten.constant_pad_nd"):
+    if node is None or node.op not in PADS:
         return value, nothing
     if node.op == "aten.pad" and node["mode"] != "constant":
         return value, nothing
@@ -284,7 +287,6 @@ def _roll(scope: Scope, node: Node) -> tuple[CopyProblem, list[Value]] | None:
 
 _COPIES: dict[str, CopyRule] = {
     "aten.cat": _concatenate,
-    "aten.pad": _constant_pad,
-    "aten.constant_pad_nd": _constant_pad,
+    **dict.fromkeys(PADS, _constant_pad),
     "aten.roll": _roll,
 }
