@@ -68,8 +68,7 @@ class DynamicMatmulCandidate(Candidate):
             "x": Input(0), "scales": Scratch(), "steps": Scratch(self._scales_bytes),
             "depth": weight[1], "tasks": self._rows,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         block.add("least", float(self.problem.least_scale))
         sizes = {"OFFSET": _MIDDLE - ROUNDING_BITS}
         body = fill(_QUANTIZE, {"share": SHARE}, sizes)

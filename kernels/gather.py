@@ -36,8 +36,7 @@ class GatherCandidate(Candidate):
             "row_size": math.prod(table.shape[1:]),
             "lowest": -table.shape[0] if problem.wraps else 0,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         replaced = {
             "WIDTH": str(ITEM_BYTES[table.dtype]), "PITCH": str(ITEM_BYTES[indices.dtype]),
             "KIND": _KINDS[ITEM_BYTES[table.dtype]], "INDEX": indices.dtype.upper(),

@@ -255,8 +255,7 @@ class IntegerConvolutionCandidate(Candidate):
             "pixel_blocks": blocking.pixel_blocks, "channel_blocks": blocking.channel_blocks,
             "tasks": image.batch * image.groups * blocking.pixel_blocks * blocking.channel_blocks,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block
 
 

@@ -83,8 +83,7 @@ class ImageCandidate(Candidate):
             "plane": GROUP * words[2], "tasks": x.shape[0] * words[1],
         }  # fmt: skip
         block = Arguments()
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         name = "quantize_image" if self._quantizes else "dequantize_image"
         parts = {"share": SHARE}
         if self._quantizes:
@@ -227,8 +226,7 @@ class SumCandidate(Candidate):
                 "tasks": math.ceil(size / (4 * LANES)) * y.shape[0],
             }  # fmt: skip
             block = Arguments()
-            for name, value in values.items():
-                block.add(name, value)
+            block.add_all(values)
             text = kernel_text(block, _sum_lines(len(part)), VOCABULARY)
             entry = source.build(f"integer_sum_{len(part)}", text)
             steps.append(Step(entry, tuple(block.values), parallel))

@@ -111,8 +111,7 @@ def product_step(
         "words": math.ceil(depth / GROUP), "blocks": blocks, "tasks": tiles * blocks,
     }  # fmt: skip
     block = Arguments()
-    for name, value in values.items():
-        block.add(name, value)
+    block.add_all(values)
     entry = source.build(f"integer_matmul_{finish}", kernel_text(block, _lines(finish), VOCABULARY))
     return Step(entry, tuple(block.values), threads > 1)
 

@@ -119,8 +119,7 @@ class IntegerWindows:
             place, phase = divmod(column * self.dilation[1], self.stride[1])
             values[f"tap{column}"] = phase * self.phase_pitch + 4 * place
         block = Arguments()
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block
 
     def lines(self, finish: Requantization | None) -> list[str]:
@@ -376,8 +375,7 @@ class GlobalAverageCandidate(Candidate):
             "words": x.memory[1], "plane": GROUP * x.memory[2],
             "pixels": math.prod(x.shape[2:]), "tasks": x.memory[0] * x.memory[1],
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         finish = Requantization()
         begin, add, total = [], [], []
         for byte in range(GROUP):

@@ -84,6 +84,11 @@ class Arguments:
         self.names.append(name)
         self.values.append(value)
 
+    def add_all(self, values: Mapping[str, Argument]) -> None:
+        """More arguments, in order."""
+        for name, value in values.items():
+            self.add(name, value)
+
     def read(self) -> list[str]:
         """Lines that put every argument into a variable."""
         return [f"{name} = arguments[{place}]" for place, name in enumerate(self.names)]

@@ -159,8 +159,7 @@ class MatmulCandidate(Candidate):
             "vectors": math.ceil(product.columns / LANES), "panels": self._panels,
             "row_blocks": row_blocks, "tasks": matrices * self._panels * row_blocks,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block, product_epilogue(self.problem, product, block)
 
 

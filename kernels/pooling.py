@@ -212,8 +212,7 @@ class BinsCandidate(Candidate):
             "out_height": self.bins[0], "out_width": self.bins[1],
             "tasks": math.prod(self.problem.inputs[0].shape[:2]) * self.bins[0],
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         entry = source.build("adaptive_pool", kernel_text(block, fill(_BINS, {"share": SHARE}, {})))
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         return (Step(entry, tuple(block.values), parallel),)

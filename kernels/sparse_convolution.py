@@ -129,8 +129,7 @@ class SparseConvolutionCandidate(Candidate):
             "blocks": self._blocks, "parts": self._parts,
             "tasks": image.batch * image.groups * self._panels * self._parts,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block, image_epilogue(self.problem, image, block)
 
 

@@ -141,8 +141,7 @@ class SparseIntegerConvolutionCandidate(Candidate):
             "tiles": self._tiles, "panels": self._panels, "parts": parts,
             "tasks": image.batch * image.groups * self._panels * parts,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block
 
 

@@ -107,8 +107,7 @@ class SparseIntegerMatmulCandidate(Candidate):
             "tiles": self._tiles, "parts": parts, "tasks": self._panels * parts,
         }  # fmt: skip
         block = Arguments()
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         text = kernel_text(block, _lines(self.schedule, floating), VOCABULARY)
         kind = "_floating" if floating else ""
         name = f"sparse_integer_matmul_{self.schedule.rows}x{self.schedule.width}{kind}"

@@ -120,8 +120,7 @@ class SparseMatmulCandidate(Candidate):
             "row_groups": self.schedule.row_groups(product.columns),
             "tasks": len(product.offsets) * self._panels * self._parts,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block, product_epilogue(self.problem, product, block)
 
 

@@ -79,8 +79,7 @@ class SparseVectorCandidate(Candidate):
             "width": product.columns, "a_row": 4 * product.a_strides[0],
             "c_row": 4 * product.row_stride, "tasks": math.ceil(product.columns / LANES),
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         epilogue = product_epilogue(self.problem, product, block)
         entry = source.build("sparse_vector", kernel_text(block, _lines(epilogue), VOCABULARY))
         parallel = threads > 1 and self.estimate > WORTH_SHARING

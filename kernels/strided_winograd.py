@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.kernels import source
-from graphopt.kernels.convolution import Image, epilogue_starts, image_epilogue, image_of
-from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
+from graphopt.kernels.convolution import Image, image_epilogue, image_of
+from graphopt.kernels.loops import SHARE, Arguments, indent
+from graphopt.kernels.minimal_filtering import SECOND_CACHE, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
     Argument,
@@ -32,7 +32,6 @@ from graphopt.kernels.registry import (
     Output,
     Packed,
     Scratch,
-    Step,
     aligned_empty,
     register,
 )
@@ -40,8 +39,6 @@ from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     VECTORS_PER_CYCLE,
-    VOCABULARY,
-    WORTH_SHARING,
     Epilogue,
     fill,
 )
@@ -56,8 +53,6 @@ _AT_ONCE = 4 if LANES == 16 else 2
 """Output channels whose sums for a column of a tile fit the registers."""
 _MOST_CHANNELS = 16
 _LEAST_OUTPUTS = 16
-_SECOND_CACHE = 700_000
-"""Bytes of pixels and products that the second cache holds beside what passes through it."""
 
 WEIGHT_TRANSFORM = np.array(
     [[2, 0, 0, 0], [1, 1, 1, 1], [-1 / 3, 1 / 3, -1 / 3, 1 / 3], [-8 / 3, -4 / 3, -2 / 3, -1 / 3],
@@ -89,15 +84,10 @@ class _Cut:
         return (math.ceil(self.across / LANES) + 1) * LANES
 
 
-@dataclass(frozen=True)
-class StridedWinogradCandidate(Candidate):
-    """The one schedule."""
+class StridedWinogradCandidate(FilteringCandidate):
+    """Sums in registers between the transformations."""
 
-    problem: ConvolutionProblem
-    image: Image
-
-    def packing(self) -> tuple[()]:
-        return ()
+    _name = "strided_winograd"
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
@@ -112,21 +102,11 @@ class StridedWinogradCandidate(Candidate):
         packed[:] = turned.transpose(0, 2, 3, 4, 1).reshape(-1)
         return [packed]
 
-    def scratch_bytes(self, threads: int) -> int:
-        team = self._team(threads)
-        return team * sum(_scratch(self.image, _cut(self.image, team)))
+    def _buffers(self, team: int) -> tuple[int, int, int]:
+        return _scratch(self.image, _cut(self.image, team))
 
-    def _team(self, threads: int) -> int:
-        return threads if self.estimate > WORTH_SHARING else 1
-
-    def build(self, threads: int) -> tuple[Step, ...]:
-        team = self._team(threads)
-        block, epilogue = self._arguments(_cut(self.image, team))
-        text = kernel_text(block, _lines(epilogue), VOCABULARY)
-        entry = source.build("strided_winograd", text)
-        return (Step(entry, (*block.values, *epilogue.immediates), team > 1),)
-
-    def _arguments(self, cut: _Cut) -> tuple[Arguments, Epilogue]:
+    def _arguments(self, team: int) -> tuple[Arguments, Epilogue]:
+        cut = _cut(self.image, team)
         image, block = self.image, Arguments()
         streams_bytes, pixels_bytes, columns_bytes = _scratch(image, cut)
         values: dict[str, Argument] = {
@@ -142,9 +122,20 @@ class StridedWinogradCandidate(Candidate):
             "row_blocks": cut.row_blocks, "groups": _groups(image),
             "tasks": image.batch * cut.row_blocks,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block, image_epilogue(self.problem, image, block)
+
+    def _lines(self, epilogue: Epilogue) -> list[str]:
+        parts = {
+            "prologue": epilogue.prologue(),
+            "share": SHARE,
+            "turn pixels": [line for phase in range(len(_PHASES)) for line in _turn_rows(phase)],
+            "no sums": [f"{name} = nothing" for name in _sums()],
+            "multiply": _multiply(),
+            "turn columns": _turn_columns(),
+            "finish": _finish(epilogue),
+        }
+        return fill(_BODY, parts, {"AT_ONCE": _AT_ONCE, "SIDE": _SIDE})
 
 
 @register(ConvolutionProblem)
@@ -208,25 +199,12 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     splitting = 40 * image.channels * _stream_rows(cut) * cut.stream / LANES
     turning = (vectors + row_vectors) * 40 * outputs + row_vectors * 600 * image.channels
     cycles = product + splitting + turning / VECTORS_PER_CYCLE + 500
-    if sum(_scratch(image, cut)) > _SECOND_CACHE:
+    if sum(_scratch(image, cut)) > SECOND_CACHE:
         cycles *= 1.3
     return math.ceil(tasks / threads) * cycles
 
 
 # -- the kernel's body ---------------------------------------------------------------------------
-
-
-def _lines(epilogue: Epilogue) -> list[str]:
-    parts = {
-        "prologue": epilogue.prologue(),
-        "share": SHARE,
-        "turn pixels": [line for phase in range(len(_PHASES)) for line in _turn_rows(phase)],
-        "no sums": [f"{name} = nothing" for name in _sums()],
-        "multiply": _multiply(),
-        "turn columns": _turn_columns(),
-        "finish": _finish(epilogue),
-    }
-    return fill(_BODY, parts, {"AT_ONCE": _AT_ONCE, "SIDE": _SIDE})
 
 
 def _turn_rows(phase: int) -> list[str]:
@@ -311,23 +289,11 @@ def _finish(epilogue: Epilogue) -> list[str]:
         for y in range(2)
         for x in range(_SIDE)
     ]
-    lines += ["present = out_width - 2 * column"]
-    for y in range(2):
-        values = [
-            f"even = t{y}0 + t{y}1 + t{y}2 + t{y}3",
-            f"odd = fma(t{y}3, half, t{y}1 - t{y}2 + t{y}4)",
-            "low = interleave_low(even, odd)",
-            "high = interleave_high(even, odd)",
-            f"start = (2 * row + {y}) * out_width + 2 * column",
-            "c = result + 4 * start",
-            *epilogue_starts(epilogue),
-            *epilogue.row_lines(),
-        ]
-        for vector, name in enumerate(("low", "high")):
-            mask = f"mask_first(present - {vector} * LANES, FLOAT32)"
-            values += epilogue.register_lines(name, vector, mask)
-        lines += [f"if 2 * row + {y} < out_height:", *indent(1, values)] if y else values
-    return lines
+    rows = [
+        (f"t{y}0 + t{y}1 + t{y}2 + t{y}3", f"fma(t{y}3, half, t{y}1 - t{y}2 + t{y}4)")
+        for y in range(2)
+    ]
+    return [*lines, *result_lines(rows, epilogue)]
 
 
 _BODY = """

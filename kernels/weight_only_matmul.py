@@ -95,8 +95,7 @@ class WeightOnlyCandidate(Candidate):
             "tasks": self._tiles,
         }  # fmt: skip
         block = Arguments()
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         text = kernel_text(block, _lines(problem.bits, self._step), VOCABULARY)
         entry = source.build(f"weight_only_matmul_{problem.bits}", text)
         parallel = threads > 1 and self.estimate > WORTH_SHARING

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.kernels import source
-from graphopt.kernels.convolution import Image, epilogue_starts, image_epilogue, image_of
-from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
+from graphopt.kernels.convolution import Image, image_epilogue, image_of
+from graphopt.kernels.loops import SHARE, Arguments, indent
+from graphopt.kernels.minimal_filtering import SECOND_CACHE, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
     Argument,
@@ -31,7 +31,6 @@ from graphopt.kernels.registry import (
     Output,
     Packed,
     Scratch,
-    Step,
     aligned_empty,
     register,
 )
@@ -40,8 +39,6 @@ from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     TILES,
     VECTORS_PER_CYCLE,
-    VOCABULARY,
-    WORTH_SHARING,
     Epilogue,
     fill,
     multiply_lines,
@@ -55,8 +52,6 @@ _DEPTH = 128
 """Input channels whose products are summed before they are added to what is known: a few vectors of
 so many stay in the first cache, and shorter sums are more accurate."""
 _LEAST_CHANNELS = 16
-_SECOND_CACHE = 700_000
-"""Bytes of transformed pixels that the second cache holds beside what passes through it."""
 
 WEIGHT_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 """G of the paper: a kernel g becomes ``G @ g @ G.T``."""
@@ -79,15 +74,10 @@ class _Cut:
         return math.ceil(rows * self.across / LANES) * LANES
 
 
-@dataclass(frozen=True)
-class WinogradCandidate(Candidate):
-    """The one schedule."""
+class WinogradCandidate(FilteringCandidate):
+    """Matrix products of all channels between the transformations."""
 
-    problem: ConvolutionProblem
-    image: Image
-
-    def packing(self) -> tuple[()]:
-        return ()
+    _name = "winograd"
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
@@ -111,21 +101,11 @@ class WinogradCandidate(Candidate):
                     start += block.shape[1]
         return [packed]
 
-    def scratch_bytes(self, threads: int) -> int:
-        team = self._team(threads)
-        return team * sum(_scratch(self.image, _cut(self.image, team)))
+    def _buffers(self, team: int) -> tuple[int, int]:
+        return _scratch(self.image, _cut(self.image, team))
 
-    def _team(self, threads: int) -> int:
-        return threads if self.estimate > WORTH_SHARING else 1
-
-    def build(self, threads: int) -> tuple[Step, ...]:
-        team = self._team(threads)
-        block, epilogue = self._arguments(_cut(self.image, team))
-        text = kernel_text(block, _lines(epilogue), VOCABULARY)
-        entry = source.build("winograd", text)
-        return (Step(entry, (*block.values, *epilogue.immediates), team > 1),)
-
-    def _arguments(self, cut: _Cut) -> tuple[Arguments, Epilogue]:
+    def _arguments(self, team: int) -> tuple[Arguments, Epilogue]:
+        cut = _cut(self.image, team)
         image, block = self.image, Arguments()
         pixels_bytes, products_bytes = _scratch(image, cut)
         values: dict[str, Argument] = {
@@ -140,9 +120,20 @@ class WinogradCandidate(Candidate):
             "tiles": _tiles(image), "chunks": cut.chunks,
             "tasks": image.batch * image.groups * cut.row_blocks * cut.channel_blocks,
         }  # fmt: skip
-        for name, value in values.items():
-            block.add(name, value)
+        block.add_all(values)
         return block, image_epilogue(self.problem, image, block)
+
+    def _lines(self, epilogue: Epilogue) -> list[str]:
+        parts = {
+            "prologue": epilogue.prologue(),
+            "share": SHARE,
+            "masks": [line for x in range(4) for line in _mask_lines(x)],
+            "turn pixels": _turn_pixels(),
+            "multiply": multiply_lines(_TILE, "4", f"{4 * _TILE.height}", padded=True),
+            "turn products": _turn_products(epilogue),
+        }
+        sizes = {"HEIGHT": _TILE.height, "WIDTH": _TILE.width, "CHUNK": _CHUNK}
+        return fill(_BODY, parts, sizes)
 
 
 @register(ConvolutionProblem)
@@ -205,27 +196,13 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     vectors = cut.pitch // LANES
     panels = math.ceil(vectors / _TILE.width)
     per_step = max(_TILE.height * vectors / VECTORS_PER_CYCLE, (panels * 4 + vectors))
-    if _scratch(image, cut)[0] > _SECOND_CACHE:
+    if _scratch(image, cut)[0] > SECOND_CACHE:
         per_step *= 1.3
     # Every block of pixels reads all weights, mostly from the third cache.
     per_step = max(per_step, _TILE.height / 2)
     product = _POSITIONS * tiles * (image.channels * per_step + 4 * _TILE.height * vectors)
     turning = row_vectors * (60 * image.channels + 50 * tiles * _TILE.height) / VECTORS_PER_CYCLE
     return math.ceil(tasks / threads) * (product + turning + 500)
-
-
-def _lines(epilogue: Epilogue) -> list[str]:
-    """The kernel's body."""
-    parts = {
-        "prologue": epilogue.prologue(),
-        "share": SHARE,
-        "masks": [line for x in range(4) for line in _mask_lines(x)],
-        "turn pixels": _turn_pixels(),
-        "multiply": multiply_lines(_TILE, "4", f"{4 * _TILE.height}", padded=True),
-        "turn products": _turn_products(epilogue),
-    }
-    sizes = {"HEIGHT": _TILE.height, "WIDTH": _TILE.width, "CHUNK": _CHUNK}
-    return fill(_BODY, parts, sizes)
 
 
 def _mask_lines(x: int) -> list[str]:
@@ -267,17 +244,8 @@ def _turn_products(epilogue: Epilogue) -> list[str]:
     ]
     for x in range(4):
         lines += [f"t0{x} = p0{x} + p1{x} + p2{x}", f"t1{x} = p1{x} - p2{x} - p3{x}"]
-    lines += ["present = out_width - 2 * column"]
-    for y in range(2):
-        values = [f"even = t{y}0 + t{y}1 + t{y}2", f"odd = t{y}1 - t{y}2 - t{y}3"]
-        values += ["low = interleave_low(even, odd)", "high = interleave_high(even, odd)"]
-        values += [f"start = (2 * row + {y}) * out_width + 2 * column"]
-        values += ["c = result + 4 * start", *epilogue_starts(epilogue), *epilogue.row_lines()]
-        for half, name in enumerate(("low", "high")):
-            mask = f"mask_first(present - {half} * LANES, FLOAT32)"
-            values += epilogue.register_lines(name, half, mask)
-        lines += [f"if 2 * row + {y} < out_height:", *indent(1, values)] if y else values
-    return lines
+    rows = [(f"t{y}0 + t{y}1 + t{y}2", f"t{y}1 - t{y}2 - t{y}3") for y in range(2)]
+    return [*lines, *result_lines(rows, epilogue)]
 
 
 _BODY = """

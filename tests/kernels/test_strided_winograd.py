@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from filtering import verify, verify_epilogue
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import Convolution, chain, check, numbers
+from layers import Convolution, numbers
 from support import execute
 
-from graphopt.kernels.problem import Operand
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.strided_winograd import WEIGHT_TRANSFORM, candidates
 
@@ -70,20 +70,9 @@ def transformed(case: Convolution, x: np.ndarray, weight: np.ndarray) -> np.ndar
     return result[:, :, : out[0], : out[1]]
 
 
-def verify(case: Convolution, threads: list[tuple[int, bool, int]] | None = None) -> None:
-    x, weight = numbers(case.x), numbers(case.weight, 1)
-    expected = case.convolve(x, weight)
-    problem = case.problem(expected.shape)
-    found = candidates(problem)
-    assert found
-    bound = transformed(case, x, weight)
-    settings = threads or [(1, True, 0), (2, False, 4), (3, True, 8)]
-    check(problem, [x, weight], expected, bound, settings, found)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_shapes(name: str) -> None:
-    verify(CASES[name])
+    verify(CASES[name], candidates, transformed)
 
 
 @given(st.data())
@@ -93,7 +82,8 @@ def test_any_shape(data: st.DataObject) -> None:
     size = tuple(max(7 - sum(around), draw(st.integers(1, 80))) for around in padding)
     x = (draw(st.integers(1, 2)), draw(st.integers(1, 16)), *size)
     case = layer(x, draw(st.integers(16, 40)), padding)
-    verify(case, [(draw(st.integers(1, 3)), draw(st.booleans()), draw(st.sampled_from([0, 4])))])
+    settings = [(draw(st.integers(1, 3)), draw(st.booleans()), draw(st.sampled_from([0, 4])))]
+    verify(case, candidates, transformed, settings)
 
 
 def test_the_transformations_are_a_convolution() -> None:
@@ -106,16 +96,7 @@ def test_the_transformations_are_a_convolution() -> None:
 
 
 def test_epilogue() -> None:
-    case = layer((2, 3, 9, 4 * LANES + 7), 19)
-    x, weight = numbers(case.x), numbers(case.weight, 1)
-    product = case.convolve(x, weight)
-    bias, gate, residual = numbers((19,), 2), numbers((2, 19, 1, 1), 3), numbers(product.shape, 4)
-    expected = np.maximum((product + bias[:, None, None]) * gate + residual, 0)
-    steps = (("add", "e0"), ("mul", "e1"), ("add", "e2"), ("relu",))
-    extras = [Operand.plain("float32", other.shape) for other in (bias, gate, residual)]
-    problem = case.problem(product.shape, chain(*steps, extras=3), extras)
-    bound = 4 * (1 + transformed(case, x, weight))
-    check(problem, [x, weight, bias, gate, residual], expected, bound, found=candidates(problem))
+    verify_epilogue(layer((2, 3, 9, 4 * LANES + 7), 19), candidates, transformed)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
