@@ -98,17 +98,24 @@ def _quantize_dynamically(model: Path, target: Path) -> None:
     )
 
 
-def _quantize_nncf(model: Path, target: Path, inputs: Inputs) -> None:
-    """Let NNCF quantize a model with one batch, as its guide for transformers and others says."""
+def quantize_nncf(
+    model: Path, target: Path, batches: Sequence[Sequence[torch.Tensor]], transformer: bool = False
+) -> None:
+    """Let NNCF make a model's int8 form, as it does where nothing is said.
+
+    Args:
+        model, target, batches: as for `quantize_onnx`.
+        transformer: what its guide says about such models.
+    """
     import nncf
     import onnx
 
     loaded = onnx.load(model)
     names = [value.name for value in loaded.graph.input]
-    feed = {n: x.numpy() for n, x in zip(names, inputs.values(), strict=True)}
-    kind = None if "x" in inputs else nncf.ModelType.TRANSFORMER
-    quantized = nncf.quantize(loaded, nncf.Dataset([feed]), subset_size=1, model_type=kind)
-    onnx.save(quantized, target)
+    feeds = [{n: x.numpy() for n, x in zip(names, one, strict=True)} for one in batches]
+    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    data = nncf.Dataset(feeds)
+    onnx.save(nncf.quantize(loaded, data, subset_size=len(feeds), model_type=kind), target)
 
 
 def measure(
@@ -137,7 +144,7 @@ def measure(
             else:
                 quantize_onnx(model, quantized, [list(inputs.values())])
         if with_openvino and not by_nncf.exists():
-            _quantize_nncf(model, by_nncf, inputs)
+            quantize_nncf(model, by_nncf, [list(inputs.values())], name in TOKENS)
         in_onnxruntime = BACKENDS["onnxruntime"]
         runs = {
             "graphopt int8": _graphopt_int8(network, inputs, passes, threads),

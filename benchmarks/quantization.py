@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from int8 import quantize_onnx
+from int8 import quantize_nncf, quantize_onnx
 from photographs import CALIBRATION, EVALUATION, crops
 from rich.console import Console
 from rich.table import Table
@@ -105,24 +105,18 @@ def nncf_quantizer(network: nn.Module) -> Way:
     """NNCF's, of the ONNX file, as it comes."""
 
     def way(calibration: Tensor, evaluation: Tensor) -> tuple[Tensor, str]:
-        import nncf
-        import onnx
-
         with tempfile.TemporaryDirectory() as folder:
             source, path = (Path(folder) / f"{n}.onnx" for n in "ab")
-            name = _export(network, source)
-            data = nncf.Dataset([{name: x.numpy()} for x in calibration.split(1)])
-            quantized = nncf.quantize(onnx.load(source), data, subset_size=len(calibration))
-            onnx.save(quantized, path)
+            _export(network, source)
+            quantize_nncf(source, path, [[x] for x in calibration.split(1)])
             return in_onnxruntime(path, evaluation), "all layers"
 
     return way
 
 
-def _export(network: nn.Module, path: Path) -> str:
+def _export(network: nn.Module, path: Path) -> None:
     optimized = graphopt.optimize(network, torch.randn(2, 3, 224, 224))
     optimized.export_onnx(path, verify=False)
-    return optimized.graph.inputs[0].name
 
 
 def compare(ways: list[str], calibration_count: int, evaluation_count: int) -> Table:

@@ -1,10 +1,9 @@
 """A linear layer whose weight alone has 8 or 4 bits, beside torch's float32 layer: one row.
 
 Such a layer reads its weight once and does little else, so that its time is that of reading
-memory. The roof is measured in the same run: bytes per second that all threads read, or copy,
-where no cache holds them, or that the float32 layer reads, if it is faster. Enough layers of one
-kind are called in turn that no call finds its weight in a cache; with ``--cached`` it is one layer
-again and again.
+memory. The roof is measured in the same run: bytes per second of a copy that no cache holds, or
+those that the float32 layer reads, if it is faster. Enough layers of one kind are called in turn
+that no call finds its weight in a cache; with ``--cached`` it is one layer again and again.
 
     python benchmarks/weight_only.py
     python benchmarks/weight_only.py --size 11008 4096 --cached
@@ -17,7 +16,6 @@ import itertools
 import json
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 from inference import ROOT, Run, interleaved, machine
+from layers import peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -41,19 +40,6 @@ BITS = {"int8": 8.0, "int4, groups of 32": 5.0, "int4, groups of 128": 4.25}
 """Bits of a weight and its share of a float32 scale."""
 UNCACHED = 96 * 2**20
 """Bytes of weights that no cache holds."""
-
-
-def bytes_per_second(threads: int) -> float:
-    """The roof: how fast all threads together read memory, or read and write it."""
-    torch.set_num_threads(threads)
-    source, target = torch.ones(2**26), torch.ones(2**26)
-    best = 0.0
-    for _ in range(7):
-        for call, moved in ((source.sum, 1), (lambda: target.copy_(source), 2)):
-            start = time.perf_counter()
-            call()
-            best = max(best, moved * source.nbytes / (time.perf_counter() - start))
-    return best
 
 
 def in_turn(calls: list[Run]) -> Run:
@@ -99,10 +85,10 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     outputs, inputs = options.size
-    roof = bytes_per_second(options.threads)
+    torch.set_num_threads(options.threads)
     seconds = measure(outputs, inputs, options.threads, options.rounds, options.cached)
     rates = {n: outputs * inputs * BITS.get(n, 32.0) / 8 / one for n, one in seconds.items()}
-    roof = max(roof, rates["graphopt float32"])
+    roof = max(peak_bytes(), rates["graphopt float32"])
     where = "cached" if options.cached else "uncached"
     table = Table(title=f"{outputs} x {inputs}, one row, {options.threads} threads, {where}")
     for column in ("weight", "microseconds", "to torch", "GB/s", "of the roof"):

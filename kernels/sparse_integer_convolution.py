@@ -11,6 +11,7 @@ same time, since they are finished as words of the result.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from graphopt.kernels.integer_convolution import (
     requantization,
     target_lines,
 )
-from graphopt.kernels.integer_problems import IntegerConvolutionProblem
+from graphopt.kernels.integer_problems import IntegerConvolutionProblem, IntegerMatmulProblem
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.problem import GROUP, ConstantOperand
 from graphopt.kernels.registry import (
@@ -68,20 +69,28 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class SparseIntegerConvolutionCandidate(Candidate):
-    """One schedule."""
+class SparseIntegerCandidate(Candidate):
+    """One schedule for a convolution, or for a linear layer, whose rows are the pixels of an
+    image."""
 
-    problem: IntegerConvolutionProblem
+    problem: IntegerConvolutionProblem | IntegerMatmulProblem
     image: IntegerImage
     schedule: Schedule
 
     @property
-    def _tiles(self) -> int:
+    def tiles(self) -> int:
+        """Of output channels."""
         return math.ceil(self.image.outputs / GROUP)
 
     @property
-    def _panels(self) -> int:
+    def panels(self) -> int:
+        """Of pixels."""
         return math.ceil(self.image.vectors / self.schedule.width)
+
+    @property
+    @abstractmethod
+    def thread_scratch(self) -> int:
+        """Bytes of memory of a thread's own."""
 
     def packing(self) -> tuple[int]:
         return (self.schedule.rows,)
@@ -92,41 +101,48 @@ class SparseIntegerConvolutionCandidate(Candidate):
         assert numbers is not None
         image = self.image
         matrix = image.matrix(weight).view(np.int32).reshape(image.groups, image.outputs, -1)
-        rows = np.zeros((image.groups, self._tiles * GROUP, image.depth), np.int32)
+        rows = np.zeros((image.groups, self.tiles * GROUP, image.depth), np.int32)
         rows[:, : image.outputs] = matrix
-        starts, words = streams(rows.reshape(-1, image.depth), self.schedule.rows)
+        starts, words = _streams(rows.reshape(-1, image.depth), self.schedule.rows)
         return [words, starts, finishing(image, GROUP, constants), pack_numbers(numbers)]
 
+    def scratch_bytes(self, threads: int) -> int:
+        return (threads if self.is_parallel(threads) else 1) * self.thread_scratch
+
+    def is_parallel(self, threads: int) -> bool:
+        """Whether the work is worth sharing."""
+        return threads > 1 and self.estimate > WORTH_SHARING
+
+
+class SparseIntegerConvolutionCandidate(SparseIntegerCandidate):
+    """With words in the order of the image, or gathered into panels."""
+
+    problem: IntegerConvolutionProblem
+
     @property
-    def _thread_scratch(self) -> int:
+    def thread_scratch(self) -> int:
         image = self.image
         return 0 if image.is_direct else 4 * LANES * self.schedule.width * image.depth
-
-    def scratch_bytes(self, threads: int) -> int:
-        return (threads if self._parallel(threads) else 1) * self._thread_scratch
-
-    def _parallel(self, threads: int) -> bool:
-        return threads > 1 and self.estimate > WORTH_SHARING
 
     def build(self, threads: int) -> tuple[Step, ...]:
         finish = requantization(self.problem)
         text = kernel_text(self._arguments(), _lines(self.schedule, finish), VOCABULARY)
         name = f"sparse_integer_convolution_{self.schedule.rows}x{self.schedule.width}{finish.name}"
         entry = source.build(name, text)
-        return (Step(entry, tuple(self._arguments().values), self._parallel(threads)),)
+        return (Step(entry, tuple(self._arguments().values), self.is_parallel(threads)),)
 
     def _arguments(self) -> Arguments:
         image, block = self.image, Arguments()
         x, y = self.problem.inputs[0], self.problem.outputs[0]
         floating, plane = y.dtype == "float32", GROUP * x.memory[2]
         # The same for every number of threads, so that few panels are shared evenly.
-        parts = min(math.ceil(_TASKS / (image.batch * image.groups * self._panels)), self._tiles)
+        parts = min(math.ceil(_TASKS / (image.batch * image.groups * self.panels)), self.tiles)
         values: dict[str, Argument] = {
             "x": Input(0), "words_of_weight": Packed(0), "starts": Packed(1),
             "finish": Packed(2), "numbers": Packed(3),
             "y": Output(0), "residual": Input(5) if self.problem.has_residual else 0,
             "scratch": 0 if image.is_direct else Scratch(),
-            "thread_scratch": self._thread_scratch, "direct": int(image.is_direct),
+            "thread_scratch": self.thread_scratch, "direct": int(image.is_direct),
             "b_step": plane if image.is_direct else 4 * LANES * self.schedule.width,
             "groups": image.groups, "words": image.words, "outputs": image.outputs,
             "plane": plane, "image_bytes": x.bytes // image.batch,
@@ -138,14 +154,14 @@ class SparseIntegerConvolutionCandidate(Candidate):
             "stride_height": image.stride[0], "stride_width": image.stride[1],
             "dilation_height": image.dilation[0], "dilation_width": image.dilation[1],
             "top": image.start[0], "left": image.start[1],
-            "tiles": self._tiles, "panels": self._panels, "parts": parts,
-            "tasks": image.batch * image.groups * self._panels * parts,
+            "tiles": self.tiles, "panels": self.panels, "parts": parts,
+            "tasks": image.batch * image.groups * self.panels * parts,
         }  # fmt: skip
         block.add_all(values)
         return block
 
 
-def streams(matrix: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _streams(matrix: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the stream of each tile starts, in bytes (int64), and all streams (int32).
 
     ``matrix`` has a word per output channel, a multiple of four of them, and step of the depth. A

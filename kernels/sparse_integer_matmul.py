@@ -9,13 +9,9 @@ which are scattered to the rows; those in float32 are transposed, a square of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from graphopt.kernels import source
-from graphopt.kernels.integer_convolution import IntegerImage, finishing
+from graphopt.kernels.integer_convolution import IntegerImage
 from graphopt.kernels.integer_problems import IntegerMatmulProblem
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.problem import GROUP, ConstantOperand
@@ -29,16 +25,16 @@ from graphopt.kernels.registry import (
     Step,
     register,
 )
-from graphopt.kernels.requantization import Requantization, pack_numbers
+from graphopt.kernels.requantization import Requantization
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_integer_convolution import (
     Schedule,
+    SparseIntegerCandidate,
     best_schedule,
     cycles,
-    streams,
     sum_lines,
 )
-from graphopt.kernels.tile import CYCLES_PER_SECOND, WORTH_SHARING, fill
+from graphopt.kernels.tile import CYCLES_PER_SECOND, fill
 
 VOCABULARY = ("simd", "words")
 _TASKS = 16
@@ -48,70 +44,40 @@ _MOVE, _TURN = 1.5, 0.6
 _MOST_DEPTH = 2**31 // (255 * 128)
 
 
-@dataclass(frozen=True)
-class SparseIntegerMatmulCandidate(Candidate):
-    """One schedule. ``image`` has a pixel for each row."""
+class SparseIntegerMatmulCandidate(SparseIntegerCandidate):
+    """With a pixel for each row."""
 
     problem: IntegerMatmulProblem
-    image: IntegerImage
-    schedule: Schedule
-
-    @property
-    def _tiles(self) -> int:
-        return math.ceil(self.image.outputs / GROUP)
-
-    @property
-    def _panels(self) -> int:
-        return math.ceil(self.image.vectors / self.schedule.width)
-
-    def packing(self) -> tuple[int]:
-        return (self.schedule.rows,)
-
-    def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        weight, numbers = constants[1], constants[4]
-        assert weight is not None
-        assert numbers is not None
-        image = self.image
-        rows = np.zeros((self._tiles * GROUP, image.depth), np.int32)
-        rows[: image.outputs] = image.matrix(weight).view(np.int32).reshape(image.outputs, -1)
-        starts, words = streams(rows, self.schedule.rows)
-        return [words, starts, finishing(image, GROUP, constants), pack_numbers(numbers)]
 
     @property
     def _floating(self) -> bool:
         return self.problem.outputs[0].dtype == "float32"
 
     @property
-    def _thread_scratch(self) -> int:
+    def thread_scratch(self) -> int:
         """Bytes of a panel, and of a square for each of its vectors."""
         words = self.image.depth + (LANES if self._floating else 0)
         return 4 * LANES * self.schedule.width * words
 
-    def scratch_bytes(self, threads: int) -> int:
-        return (threads if self._parallel(threads) else 1) * self._thread_scratch
-
-    def _parallel(self, threads: int) -> bool:
-        return threads > 1 and self.estimate > WORTH_SHARING
-
     def build(self, threads: int) -> tuple[Step, ...]:
         image, floating = self.image, self._floating
         # The same for every number of threads, so that few panels are shared evenly.
-        parts = min(math.ceil(_TASKS / self._panels), self._tiles)
+        parts = min(math.ceil(_TASKS / self.panels), self.tiles)
         values: dict[str, Argument] = {
             "x": Input(0), "words_of_weight": Packed(0), "starts": Packed(1),
             "finish": Packed(2), "numbers": Packed(3), "y": Output(0),
-            "scratch": Scratch(), "thread_scratch": self._thread_scratch,
+            "scratch": Scratch(), "thread_scratch": self.thread_scratch,
             "b_step": 4 * LANES * self.schedule.width, "rows": image.pixels,
             "depth": image.channels, "outputs": image.outputs,
             "c_row": (4 if floating else 1) * image.outputs, "vectors": image.vectors,
-            "tiles": self._tiles, "parts": parts, "tasks": self._panels * parts,
+            "tiles": self.tiles, "parts": parts, "tasks": self.panels * parts,
         }  # fmt: skip
         block = Arguments()
         block.add_all(values)
         text = kernel_text(block, _lines(self.schedule, floating), VOCABULARY)
         kind = "_floating" if floating else ""
         name = f"sparse_integer_matmul_{self.schedule.rows}x{self.schedule.width}{kind}"
-        return (Step(source.build(name, text), tuple(block.values), self._parallel(threads)),)
+        return (Step(source.build(name, text), tuple(block.values), self.is_parallel(threads)),)
 
 
 @register(IntegerMatmulProblem)

@@ -93,7 +93,7 @@ fault(
     "words of a sparse weight meet the column after theirs",
     test_of("kernels/test_sparse_integer_convolution.py", "test_schedules", "3x3", "bytes", 2),
     changed(
-        sparse_integer_convolution.streams,
+        sparse_integer_convolution._streams,
         "words[places] = steps",
         "words[places] = np.minimum(steps + 1, matrix.shape[1] - 1)",
     ),
