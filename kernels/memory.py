@@ -132,6 +132,20 @@ def lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:
     return Register(builder, vector, ir.Constant(vector.llvm, list(range(lanes))))
 
 
+def first_lanes(builder: ir.IRBuilder, vector: Vector, count: ir.Value) -> Register:
+    """The mask of the first ``count`` lanes (int64): none of a negative number, at most all.
+
+    It is compared in elements of the vector's own width, in which it needs no conversion.
+    """
+    clipped = count
+    for bound, name in ((0, "llvm.smax.i64"), (vector.lanes, "llvm.smin.i64")):
+        clipped = call(builder, name, count.type, [clipped, ir.Constant(count.type, bound)])
+    element = {1: types.uint8, 8: types.uint8, 16: types.uint16}.get(vector.bits, types.uint32)
+    numbers = Vector(element, vector.lanes)
+    lanes = Register(builder, numbers, ir.Constant(numbers.llvm, list(range(vector.lanes))))
+    return lanes < splat(builder, numbers, builder.trunc(clipped, numbers.llvm_element))
+
+
 def _lane_pointers(builder: Any, vector: Vector, address: ir.Value, stride: ir.Value) -> ir.Value:
     lanes = lane_numbers(builder, vector.lanes)
     addresses = splat(builder, lanes.type, address) + lanes * splat(builder, lanes.type, stride)
@@ -301,9 +315,8 @@ def transpose_corner(
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
         height, width = values[4], values[5]
-        inside = lane_numbers(builder, kind.lanes)
-        across = inside < splat(builder, inside.type, width)
-        down = inside < splat(builder, inside.type, height)
+        across = first_lanes(builder, kind, width)
+        down = first_lanes(builder, kind, height)
         suffix, zero = _masked_suffix(kind), ir.Constant(kind.llvm, None)
         squares = []
         for number, pointer in enumerate(_row_pointers(builder, kind, values[0], values[1])):

@@ -28,8 +28,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from graphopt.kernels.memory import (
+    first_lanes,
     gather,
-    lane_numbers,
     load,
     load_even,
     load_masked,
@@ -232,8 +232,7 @@ def mask_first(typing: Any, count: Any, vector: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        lanes = lane_numbers(builder, kind.lanes)
-        return (lanes < splat(builder, lanes.type, values[0])).value
+        return first_lanes(builder, kind, values[0]).value
 
     return kind.of(types.boolean)(types.int64, vector), generate
 

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from graphopt.kernels.emission import emit, unsupported
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import broadcast_strides, indent
-from graphopt.kernels.memory import fetch_ahead
+from graphopt.kernels.memory import fetch_ahead, first_lanes
 from graphopt.kernels.problem import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector, call, splat
 
@@ -244,15 +244,10 @@ class _Tile:
 
     def _columns(self, column: int) -> ir.Value:
         """The mask of a vector's columns that exist."""
-        lanes = self.memory.vector.lanes
-        numbers = Vector(types.int64, lanes)
-        first = column * lanes
-        own = Register(
-            self.builder,
-            numbers,
-            ir.Constant(numbers.llvm, list(range(first, first + lanes))),
-        )
-        return (own < splat(self.builder, numbers, self.operands["columns"])).value
+        vector = self.memory.vector
+        first = _number(column * vector.lanes)
+        left = self.builder.sub(self.operands["columns"], first)
+        return first_lanes(self.builder, vector, left).value
 
 
 class _Column:
