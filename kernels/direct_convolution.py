@@ -137,7 +137,7 @@ def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
         "zero": [f"s{row}_{v} = broadcast(0.0, FLOAT32)" for row in rows for v in columns],
         "products": products,
         "starts": epilogue_starts(epilogue),
-        "finish": epilogue.tile_lines(tile.height, tile.width, masked=False),
+        "finish": epilogue.tile_lines(tile.height, tile.width, whole=tile.width),
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
 

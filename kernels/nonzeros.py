@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graphopt.kernels.loops import indent
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import VECTORS_PER_CYCLE, fill
@@ -35,6 +36,10 @@ _PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
 """Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
 _WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
 """Vectors of a panel, by rows that share their columns."""
+_TAIL_WIDTHS = {1: (3, 4, 5, 6, 7), 2: (3, 4, 5, 7), 4: (3, 4)}
+"""The same of panels of which the last has a tail."""
+_TAILS = (4, 8) if LANES == 16 else ()
+"""Lanes of vectors that cost half of a whole one."""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
 _PARTS = 8
@@ -47,11 +52,19 @@ _WORTH_SHARING_COLUMNS = 1.2
 
 @dataclass(frozen=True)
 class Schedule:
-    """``rows`` of the weight at once, ``width`` vectors, ``depth`` steps per block."""
+    """``rows`` of the weight at once, ``width`` vectors, ``depth`` steps per block.
+
+    ``tail`` is the number of lanes of the narrower vector that the last panel has more, or 0.
+    """
 
     rows: int
     width: int
     depth: int
+    tail: int = 0
+
+    def __str__(self) -> str:
+        tail = f" and {self.tail} lanes" if self.tail else ""
+        return f"{self.rows}x{self.width}{tail}, depth {self.depth}"
 
     @property
     def step(self) -> int:
@@ -59,34 +72,84 @@ class Schedule:
         return self.width * VECTOR_BYTES
 
     @property
-    def panel_bytes(self) -> int:
+    def tail_shift(self) -> int:
+        """A row's place in the tail is its place in the panel, shifted right by so many bits.
+
+        Rows of the tail are whole multiples of it long, so that none lies in two cache lines.
+        """
+        shift = 0
+        while self.step % (8 * self.tail << shift) == 0:
+            shift += 1
+        return shift
+
+    @property
+    def tail_step(self) -> int:
+        """Bytes of a row of the tail."""
+        return self.step >> self.tail_shift if self.tail else 0
+
+    @property
+    def tail_start(self) -> int:
+        """Bytes from the panel to its tail."""
         return self.depth * self.step
+
+    @property
+    def panel_bytes(self) -> int:
+        # The last row of the tail is written as a whole vector.
+        tail = self.depth * self.tail_step + VECTOR_BYTES if self.tail else 0
+        return self.tail_start + math.ceil(tail / VECTOR_BYTES) * VECTOR_BYTES
+
+    @property
+    def sums_step(self) -> int:
+        """Bytes of the sums of a row of the weight."""
+        return self.step + (VECTOR_BYTES if self.tail else 0)
+
+    def panels(self, columns: int) -> int:
+        """Panels that ``columns`` columns take."""
+        if self.tail:
+            return columns // (self.width * LANES)
+        return math.ceil(columns / (self.width * LANES))
+
+    def panels_of_work(self, columns: int) -> float:
+        """As many panels without a tail would take as long."""
+        return self.panels(columns) + (0.5 / self.width if self.tail else 0)
 
     def row_groups(self, outputs: int) -> int:
         return math.ceil(outputs / self.rows)
 
     def sums_bytes(self, outputs: int) -> int:
         """Scratch memory for the sums of ``outputs`` rows of the weight."""
-        return self.row_groups(outputs) * self.rows * self.step
+        return self.row_groups(outputs) * self.rows * self.sums_step
 
     def parts(self, outputs: int) -> int:
         """Parts of the weight that a panel may be multiplied by separately."""
         return max(min(self.row_groups(outputs) // _LEAST_PART, _PARTS), 1)
 
 
-def schedules(zeros: ZeroPattern, depth: int, unit: int = 1) -> Iterator[Schedule]:
-    """Schedules that may suit the zeros; blocks of depth are multiples of ``unit``."""
+def schedules(
+    zeros: ZeroPattern, depth: int, columns: int, unit: int = 1, run: int | None = None
+) -> Iterator[Schedule]:
+    """Schedules that may suit the zeros and so many columns.
+
+    Blocks of depth are multiples of ``unit``. The last ``run`` columns, or all, are neighbours
+    wherever they are copied from: a tail has no more.
+    """
     units = depth // unit
+    rest = columns % LANES
+    tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run or columns)), 0)
     for rows in NEIGHBOURS:
         if zeros.density(rows) > _WORTH_SHARING_COLUMNS * zeros.density(1):
             continue
-        for width in _WIDTHS[rows]:
+        vectors = columns // LANES
+        divisors = [
+            width for width in _TAIL_WIDTHS[rows] if tail and vectors and vectors % width == 0
+        ]
+        for width in divisors or _WIDTHS[rows]:
             blocks = {units}
             for size in _PANEL_BYTES:
                 fitting = max(size // (width * VECTOR_BYTES * unit), 1)
                 blocks.add(math.ceil(units / math.ceil(units / fitting)))
             for block in sorted(blocks):
-                yield Schedule(rows, width, block * unit)
+                yield Schedule(rows, width, block * unit, tail if divisors else 0)
 
 
 def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: int) -> float:
@@ -157,58 +220,97 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
 # -- the kernel ----------------------------------------------------------------------------------
 
 
-def tile_names(schedule: Schedule) -> list[tuple[str, int, int]]:
-    """The variables that hold the sums, each with its row and its vector."""
+def tile_names(schedule: Schedule, tail: bool) -> list[tuple[str, int, int]]:
+    """The variables that hold the sums, each with its row and its vector; ``tail`` with the tail.
+
+    The sums of a tail are in a narrower vector.
+    """
     return [
         (f"s{row}_{vector}", row, vector)
         for row in range(schedule.rows)
-        for vector in range(schedule.width)
+        for vector in range(schedule.width + tail)
     ]
 
 
-def wait_lines(schedule: Schedule) -> list[str]:
+def wait_lines(schedule: Schedule, tail: bool) -> list[str]:
     """Lines that store the sums of a row group at ``sums``."""
-    return [f"store({_at(schedule, r, v)}, {name})" for name, r, v in tile_names(schedule)]
+    names = tile_names(schedule, tail)
+    return [f"store({_at(schedule, row, vector)}, {name})" for name, row, vector in names]
+
+
+def widen_lines(schedule: Schedule) -> list[str]:
+    """Lines that make whole vectors of the sums of a tail; the lanes beyond hold anything."""
+    names = [f"s{row}_{schedule.width}" for row in range(schedule.rows)]
+    return [f"{name} = resize({name}, FLOAT32)" for name in names]
 
 
 def product_lines(
-    schedule: Schedule, finish: Sequence[str], before: Sequence[str] = ()
+    schedule: Schedule,
+    finish: Sequence[str],
+    before: Sequence[str] = (),
+    finish_tail: Sequence[str] = (),
 ) -> list[str]:
     """Lines that multiply a panel by a stream.
 
     They expect the addresses ``panel``, ``p`` (of the stream) and ``all_sums`` (of the sums that
-    wait, by row group), and ``first_block``, whether there are none yet. ``before`` and
-    ``finish`` are the lines around each row group, with its ``number`` and the address ``sums`` of
-    its own; at the end the sums are in the variables `tile_names`.
+    wait, by row group), and ``first_block``, whether there are none yet; where the schedule has a
+    tail, also ``has_tail`` and the address ``tail``. ``before`` and ``finish`` (``finish_tail``
+    for a panel with a tail) are the lines around each row group, with its ``number`` and the
+    address ``sums`` of its own; at the end the sums are in the variables `tile_names`.
     """
-    tile = tile_names(schedule)
-    products = []
-    for vector in range(schedule.width):
-        products.append(f"value = load(column + {vector * VECTOR_BYTES}, FLOAT32)")
-        for row in range(schedule.rows):
-            products.append(f"s{row}_{vector} = fma(value, w{row}, s{row}_{vector})")
+    whole = _product_lines(schedule, before, finish, tail=False)
+    if not schedule.tail:
+        return whole
+    tail = _product_lines(schedule, before, finish_tail, tail=True)
+    return ["if has_tail:", *indent(1, tail), "else:", *indent(1, whole)]
+
+
+def _product_lines(
+    schedule: Schedule, before: Sequence[str], finish: Sequence[str], tail: bool
+) -> list[str]:
+    kinds = ["FLOAT32"] * schedule.width + [f"FLOAT32X{schedule.tail}"] * tail
+    names = tile_names(schedule, tail)
     parts = {
-        "zero": [f"{name} = broadcast(0.0, FLOAT32)" for name, _, _ in tile],
-        "resume": [f"{name} = load({_at(schedule, r, v)}, FLOAT32)" for name, r, v in tile],
+        "zero": [f"{name} = broadcast(0.0, {kinds[vector]})" for name, _, vector in names],
+        "resume": [
+            f"{name} = load({_at(schedule, row, vector)}, {kinds[vector]})"
+            for name, row, vector in names
+        ],
         "weights": [
             f"w{row} = broadcast(read(p + {4 + 4 * row}, FLOAT32), FLOAT32)"
             for row in range(schedule.rows)
         ],
-        "products": products,
+        "products": _multiply_lines(schedule, kinds),
         "before": before,
         "finish": finish,
     }
     sizes = {
-        "ROWS": schedule.rows,
-        "STEP": schedule.step,
+        "SUMS": schedule.rows * schedule.sums_step,
         "ENTRY": 4 + 4 * schedule.rows,
         "AHEAD": _AHEAD,
     }
     return fill(_BODY, parts, sizes)
 
 
+def _multiply_lines(schedule: Schedule, kinds: Sequence[str]) -> list[str]:
+    """Lines that multiply a row of the panel, ``offset`` bytes into it, by ``w{row}``."""
+    lines = []
+    for vector, kind in enumerate(kinds):
+        weights = [f"w{row}" for row in range(schedule.rows)]
+        if vector == schedule.width:
+            lines.append(f"value = load(tail + (offset >> {schedule.tail_shift}), {kind})")
+            weights = [f"resize({weight}, {kind})" for weight in weights]
+        else:
+            lines.append(f"value = load(panel + offset + {vector * VECTOR_BYTES}, {kind})")
+        lines += [
+            f"s{row}_{vector} = fma(value, {weight}, s{row}_{vector})"
+            for row, weight in enumerate(weights)
+        ]
+    return lines
+
+
 def _at(schedule: Schedule, row: int, vector: int) -> str:
-    return f"sums + {row * schedule.step + vector * VECTOR_BYTES}"
+    return f"sums + {row * schedule.sums_step + vector * VECTOR_BYTES}"
 
 
 _BODY = """
@@ -219,7 +321,7 @@ while members > 0:
     while members > 0:
         number = read(p, INT32)
         p += 4
-        sums = all_sums + number * ROWS * STEP
+        sums = all_sums + number * SUMS
         <before>
         if first_block:
             <zero>
@@ -231,7 +333,7 @@ while members > 0:
             prefetch(ahead)
             ahead += 64
         while p < end:
-            column = panel + read(p, INT32)
+            offset = read(p, INT32)
             <weights>
             <products>
             p += ENTRY

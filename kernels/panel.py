@@ -12,12 +12,13 @@ from typing import Any
 from numba import njit
 
 from graphopt.kernels import memory, simd
-from graphopt.kernels.register import FLOAT32, LANES
+from graphopt.kernels.register import FLOAT32, INT32, LANES
 
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
 gather: Any = memory.gather
 load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
+lane_index: Any = simd.lane_index
 mask_between: Any = simd.mask_between
 mask_first: Any = simd.mask_first
 store: Any = memory.store
@@ -60,6 +61,25 @@ def pack_taps(
     zero, columns from ``pixels`` on anything. ``top`` and ``left`` are the padding. Channels of
     ``image`` are ``plane`` bytes apart and dense inside.
     """
+    if stride_height == 1 and stride_width == 1 and out_width == width:
+        pack_shifted(
+            panel,
+            pitch,
+            image,
+            plane,
+            channels,
+            height,
+            width,
+            first,
+            vectors,
+            kernel_height,
+            kernel_width,
+            dilation_height,
+            dilation_width,
+            top,
+            left,
+        )
+        return
     for vector in range(vectors):
         start = first + vector * LANES
         count = min(pixels - start, LANES)
@@ -89,6 +109,54 @@ def pack_taps(
             lane += out_width - column
             column = 0
             row += 1
+
+
+@inlined
+def pack_shifted(
+    panel: int,
+    pitch: int,
+    image: int,
+    plane: int,
+    channels: int,
+    height: int,
+    width: int,
+    first: int,
+    vectors: int,
+    kernel_height: int,
+    kernel_width: int,
+    dilation_height: int,
+    dilation_width: int,
+    top: int,
+    left: int,
+) -> None:
+    """`pack_taps` where rows of the output are as long as those of the image, without strides.
+
+    What lies under a kernel position is then the image itself, shifted: one load per vector, of
+    the lanes whose pixels are inside.
+    """
+    for vector in range(vectors):
+        start = first + vector * LANES
+        row = start // width
+        columns = lane_index(INT32) + (start - row * width)
+        rows = broadcast(row, INT32)
+        end = start - row * width + LANES
+        while end > width:
+            beyond = columns >= width
+            columns = select(beyond, columns - width, columns)
+            rows = select(beyond, rows + 1, rows)
+            end -= width
+        target = panel + 4 * vector * LANES
+        for y in range(kernel_height):
+            down = y * dilation_height - top
+            in_rows = (rows >= -down) & (rows < height - down)
+            for x in range(kernel_width):
+                right = x * dilation_width - left
+                inside = in_rows & (columns >= -right) & (columns < width - right)
+                source = image + 4 * (start + down * width + right)
+                for _ in range(channels):
+                    store(target, load_masked(source, FLOAT32, inside))
+                    source += plane
+                    target += pitch
 
 
 @inlined

@@ -82,6 +82,8 @@ class _VectorModel(models.PrimitiveModel):
 
 
 FLOAT32 = Vector(types.float32, LANES)
+FLOAT32X4 = Vector(types.float32, 4)
+FLOAT32X8 = Vector(types.float32, 8)
 FLOAT64 = Vector(types.float64, LANES)
 INT64 = Vector(types.int64, LANES)
 INT32 = Vector(types.int32, LANES)

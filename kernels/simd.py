@@ -47,6 +47,8 @@ from graphopt.kernels.register import (
     BOOL,
     FEATURES,
     FLOAT32,
+    FLOAT32X4,
+    FLOAT32X8,
     FLOAT64,
     INT8,
     INT16,
@@ -66,6 +68,8 @@ __all__ = [
     "BOOL",
     "FEATURES",
     "FLOAT32",
+    "FLOAT32X4",
+    "FLOAT32X8",
     "FLOAT64",
     "INT8",
     "INT16",
@@ -91,6 +95,7 @@ __all__ = [
     "gather",
     "interleave_high",
     "interleave_low",
+    "lane_index",
     "load",
     "load_even",
     "load_masked",
@@ -106,6 +111,7 @@ __all__ = [
     "reduce_maximum",
     "reduce_minimum",
     "reduce_multiply",
+    "resize",
     "scatter",
     "select",
     "sqrt",
@@ -225,6 +231,19 @@ def broadcast(typing: Any, scalar: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def lane_index(typing: Any, vector: Any) -> Any:
+    """An integer vector 0, 1, 2, ...: ``lane_index(INT32)``."""
+    kind = named_vector(vector)
+    if kind is None or kind.floating:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        return ir.Constant(kind.llvm, list(range(kind.lanes)))
+
+    return kind(vector), generate
+
+
+@intrinsic
 def mask_first(typing: Any, count: Any, vector: Any) -> Any:
     """The mask of the first ``count`` lanes; none for a negative count, at most all."""
     kind = named_vector(vector)
@@ -252,6 +271,21 @@ def mask_between(typing: Any, start: Any, step: Any, stop: Any, vector: Any) -> 
         return (first + lanes * distance < limit).value
 
     return kind.of(types.boolean)(types.int64, types.int64, types.int64, vector), generate
+
+
+@intrinsic
+def resize(typing: Any, value: Any, vector: Any) -> Any:
+    """The first lanes of a vector as one of more or fewer lanes; those beyond hold anything."""
+    kind = named_vector(vector)
+    if kind is None or not isinstance(value, Vector) or kind.element != value.element:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        undefined = Register(builder, value, ir.Constant(value.llvm, ir.Undefined))
+        lanes = [min(lane, value.lanes) for lane in range(kind.lanes)]
+        return Register(builder, value, values[0]).shuffle(lanes, undefined).value
+
+    return kind(value, vector), generate
 
 
 @intrinsic

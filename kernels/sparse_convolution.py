@@ -29,6 +29,7 @@ from graphopt.kernels.nonzeros import (
     product_lines,
     schedules,
     wait_lines,
+    widen_lines,
 )
 from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem
 from graphopt.kernels.registry import (
@@ -71,7 +72,7 @@ class SparseConvolutionCandidate(Candidate):
 
     @property
     def _panels(self) -> int:
-        return math.ceil(self.image.pixels / (self.schedule.width * LANES))
+        return self.schedule.panels(self.image.pixels)
 
     @property
     def _parts(self) -> int:
@@ -116,7 +117,7 @@ class SparseConvolutionCandidate(Candidate):
         values: dict[str, Argument] = {
             "x": Input(0), "starts": Packed(0), "words": Packed(1), "y": Output(0),
             "scratch": Scratch(), "thread_scratch": self._thread_scratch,
-            "panel_bytes": self.schedule.panel_bytes,
+            "panel_bytes": self.schedule.panel_bytes, "tail_start": self.schedule.tail_start,
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
             "plane": 4 * math.prod(image.size), "out_plane": 4 * image.pixels,
@@ -144,8 +145,11 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     if problem.outputs[0].size == 0:
         return []
     found: list[Candidate] = []
-    for schedule in schedules(weight.zeros, image.channels * image.taps, unit=image.taps):
-        name = f"sparse convolution {schedule.rows}x{schedule.width}, depth {schedule.depth}"
+    depth = image.channels * image.taps
+    for schedule in schedules(
+        weight.zeros, depth, image.pixels, unit=image.taps, run=image.out_size[1]
+    ):
+        name = f"sparse convolution {schedule}"
         seconds = _cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
         found.append(SparseConvolutionCandidate(name, problem, seconds, image, schedule))
     return found
@@ -154,7 +158,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
 def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
     """Cycles of all tasks together, roughly."""
     depth = image.channels * image.taps
-    panels = math.ceil(image.pixels / (schedule.width * LANES))
+    panels = schedule.panels_of_work(image.pixels)
     copy = schedule.width * depth * pack_cycles(image)
     finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
     product = product_cycles(schedule, zeros, image.outputs, depth)
@@ -163,18 +167,35 @@ def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
 
 def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
+    rows, width = schedule.rows, schedule.width
+    starts = epilogue_starts(epilogue)
     end = {
-        "wait": wait_lines(schedule),
-        "starts": epilogue_starts(epilogue),
-        "whole": epilogue.tile_lines(schedule.rows, schedule.width, masked=False),
-        "partial": epilogue.tile_lines(schedule.rows, schedule.width, masked=True),
+        "wait": wait_lines(schedule, tail=False),
+        "starts": starts,
+        "whole": epilogue.tile_lines(rows, width, whole=width),
+        "partial": epilogue.tile_lines(rows, width, whole=0),
     }
-    sizes = {"ROWS": schedule.rows, "WIDTH": schedule.width, "STEP": schedule.step}
+    tail_end = {
+        "wait": wait_lines(schedule, tail=True),
+        "starts": starts,
+        "widen": widen_lines(schedule),
+        "tile": epilogue.tile_lines(rows, width + 1, whole=width),
+    }
+    sizes = {
+        "ROWS": rows,
+        "WIDTH": width,
+        "STEP": schedule.step,
+        "TAIL_ROW": schedule.tail_step,
+    }
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
+        "pack_tail": fill(_PACK_TAIL, {}, sizes) if schedule.tail else [],
         "product": product_lines(
-            schedule, fill(_FINISH, end, sizes), _fetch_lines(schedule, epilogue)
+            schedule,
+            fill(_FINISH, end, sizes),
+            _fetch_lines(schedule, epilogue),
+            fill(_FINISH_TAIL, tail_end, sizes),
         ),
     }
     return fill(_BODY, parts, sizes)
@@ -211,15 +232,40 @@ else:
     rows = last - channel
     c = y + (image * groups * outputs + channel) * out_plane + 4 * start
     <starts>
-    if columns == WIDTH * LANES:
+    if columns >= WIDTH * LANES:
         <whole>
     else:
         <partial>
 """
 
+_FINISH_TAIL = """
+if block + 1 < blocks:
+    <wait>
+else:
+    channel = group * outputs + number * ROWS
+    rows = last - channel
+    c = y + (image * groups * outputs + channel) * out_plane + 4 * start
+    <starts>
+    <widen>
+    <tile>
+"""
+
+_PACK_TAIL = """
+has_tail = panel_number + 1 == panels
+if has_tail:
+    pack_taps(
+        tail, TAIL_ROW, x + (place * channels + first_channel) * plane, plane,
+        min(channels - first_channel, block_channels), height, width, out_width, pixels,
+        start + WIDTH * LANES, 1,
+        kernel_height, kernel_width, stride_height, stride_width,
+        dilation_height, dilation_width, top, left,
+    )
+"""
+
 _BODY = """
 <prologue>
 panel = scratch + thread * thread_scratch
+tail = panel + tail_start
 all_sums = panel + panel_bytes
 c_row = out_plane
 <share>
@@ -229,7 +275,7 @@ while task < stop:
     first_part = task % parts
     last_part = min(parts, first_part + stop - task)
     start = panel_number * WIDTH * LANES
-    columns = min(pixels - start, WIDTH * LANES)
+    columns = pixels - start
     image = place // groups
     group = place - image * groups
     last = (group + 1) * outputs
@@ -240,10 +286,11 @@ while task < stop:
         pack_taps(
             panel, STEP, x + (place * channels + first_channel) * plane, plane,
             min(channels - first_channel, block_channels), height, width, out_width, pixels,
-            start, (columns + LANES - 1) // LANES,
+            start, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
             kernel_height, kernel_width, stride_height, stride_width,
             dilation_height, dilation_width, top, left,
         )
+        <pack_tail>
         part = first_part
         while part < last_part:
             p = words + read(starts + 8 * ((group * blocks + block) * parts + part), INT64)

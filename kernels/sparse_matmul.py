@@ -22,7 +22,6 @@ from graphopt.kernels.matmul import (
     product_offsets,
 )
 from graphopt.kernels.nonzeros import (
-    VECTOR_BYTES,
     Schedule,
     pack_streams,
     product_cycles,
@@ -71,7 +70,7 @@ class SparseMatmulCandidate(Candidate):
 
     @property
     def _panels(self) -> int:
-        return math.ceil(self.product.rows / (self.schedule.width * LANES))
+        return self.schedule.panels(self.product.rows)
 
     @property
     def _parts(self) -> int:
@@ -111,7 +110,7 @@ class SparseMatmulCandidate(Candidate):
         values: dict[str, Argument] = {
             "a": Input(0), "y": Output(0), "offsets": Packed(0), "starts": Packed(1),
             "words": Packed(2), "scratch": Scratch(), "thread_scratch": self._thread_scratch,
-            "panel_bytes": self.schedule.panel_bytes,
+            "panel_bytes": self.schedule.panel_bytes, "tail_start": self.schedule.tail_start,
             "height": product.rows, "width": product.columns, "depth": product.depth,
             "a_row": 4 * product.a_strides[0], "a_step": 4 * product.a_strides[1],
             "c_row": 4 * product.row_stride,
@@ -135,8 +134,8 @@ def candidates(problem: MatmulProblem) -> list[Candidate]:
         # The pattern tells of neighbours in the depth, not of rows that share their columns.
         zeros = ZeroPattern(zeros.digest, (zeros.density(1), 1.0, 1.0))
     made: list[Candidate] = []
-    for schedule in schedules(zeros, product.depth):
-        name = f"sparse matmul {schedule.rows}x{schedule.width}, depth {schedule.depth}"
+    for schedule in schedules(zeros, product.depth, product.rows):
+        name = f"sparse matmul {schedule}"
         seconds = _cycles(product, schedule, zeros) / CYCLES_PER_SECOND
         made.append(SparseMatmulCandidate(name, problem, seconds, product, schedule))
     return made
@@ -160,7 +159,7 @@ def sparse_product(problem: MatmulProblem) -> tuple[Product, ZeroPattern] | None
 
 def _cycles(product: Product, schedule: Schedule, zeros: ZeroPattern) -> float:
     """Cycles of all tasks together, roughly."""
-    panels = math.ceil(product.rows / (schedule.width * LANES))
+    panels = schedule.panels_of_work(product.rows)
     transposed = schedule.width * (product.depth + product.columns) * _TRANSPOSE_CYCLES
     multiply = product_cycles(schedule, zeros, product.columns, product.depth)
     return len(product.offsets) * panels * (multiply + transposed)
@@ -173,25 +172,42 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
         + (f" + {extra.width} * first_column" if extra.along else "")
         for index, extra in enumerate(epilogue.extras)
     ]
-    parts = {
-        "prologue": epilogue.prologue(),
-        "share": SHARE,
-        "offsets": offset_lines(epilogue),
-        "product": product_lines(schedule, wait_lines(schedule)),
-        "epilogue": [*starts, *epilogue.lines()],
-    }
     sizes = {
         "ROWS": schedule.rows,
         "WIDTH": schedule.width,
         "STEP": schedule.step,
-        "VECTOR": VECTOR_BYTES,
+        "TAIL_ROW": schedule.tail_step,
+        "SUMS": schedule.sums_step,
+    }
+    parts = {
+        "prologue": epilogue.prologue(),
+        "share": SHARE,
+        "offsets": offset_lines(epilogue),
+        "pack_tail": fill(_PACK_TAIL, {}, sizes) if schedule.tail else [],
+        "product": product_lines(
+            schedule,
+            wait_lines(schedule, tail=False),
+            finish_tail=wait_lines(schedule, tail=True),
+        ),
+        "epilogue": [*starts, *epilogue.lines()],
     }
     return fill(_BODY, parts, sizes)
 
 
+_PACK_TAIL = """
+has_tail = rows > WIDTH * LANES
+if has_tail:
+    pack_columns(
+        tail, TAIL_ROW,
+        a + own_a + (start + WIDTH * LANES) * a_row + first_step * a_step, a_step, a_row,
+        min(depth - first_step, block_depth), rows - WIDTH * LANES,
+    )
+"""
+
 _BODY = """
 <prologue>
 panel = scratch + thread * thread_scratch
+tail = panel + tail_start
 all_sums = panel + panel_bytes
 <share>
 while task < stop:
@@ -200,16 +216,18 @@ while task < stop:
     first_part = task % parts
     last_part = min(parts, first_part + stop - task)
     <offsets>
-    start = (place - matrix * panels) * WIDTH * LANES
-    rows = min(height - start, WIDTH * LANES)
+    panel_number = place - matrix * panels
+    start = panel_number * WIDTH * LANES
+    rows = height - start if panel_number + 1 == panels else WIDTH * LANES
     block = 0
     while block < blocks:
         first_step = block * block_depth
         first_block = block == 0
         pack_columns(
             panel, STEP, a + own_a + start * a_row + first_step * a_step, a_step, a_row,
-            min(depth - first_step, block_depth), rows,
+            min(depth - first_step, block_depth), min(rows, WIDTH * LANES),
         )
+        <pack_tail>
         part = first_part
         while part < last_part:
             p = words + read(starts + 8 * (block * parts + part), INT64)
@@ -225,7 +243,7 @@ while task < stop:
         column = 0
         while column < columns:
             transpose_corner(
-                all_sums + (first_column + column) * STEP + 4 * row, STEP,
+                all_sums + (first_column + column) * SUMS + 4 * row, SUMS,
                 c + row * c_row + 4 * column, c_row,
                 min(columns - column, LANES), min(rows - row, LANES), FLOAT32,
             )

@@ -397,15 +397,17 @@ class Epilogue:
             result = self.emission.results[0]
         return [*lines, f"store{kind}(c + {4 * vector * LANES}, {result}{more})"]
 
-    def tile_lines(self, height: int, width: int, masked: bool) -> list[str]:
+    def tile_lines(self, height: int, width: int, whole: int) -> list[str]:
         """Lines that finish and store a tile that the variables ``s{row}_{vector}`` hold.
 
-        They change ``c`` and ``e{i}``. ``masked`` where less than whole vectors may be stored.
+        They change ``c`` and ``e{i}``. The first ``whole`` vectors are stored whole, of the others
+        the part that exists.
         """
         lines: list[str] = []
         for row in range(height):
             inner = self.row_lines()
             for vector in range(width):
+                masked = vector >= whole
                 mask = f"mask_first(columns - {vector * LANES}, FLOAT32)" if masked else ""
                 inner += self.register_lines(f"s{row}_{vector}", vector, mask)
             if row:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import pruned
 
-from graphopt.kernels.nonzeros import Schedule, pack_streams
+from graphopt.kernels.nonzeros import VECTOR_BYTES, Schedule, pack_streams
+from graphopt.kernels.simd import LANES
+
+
+@pytest.mark.skipif(LANES != 16, reason="shorter vectors have no tails")
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 99), st.sampled_from([4, 8]))
+def test_rows_of_a_tail(rows: int, width: int, depth: int, tail: int) -> None:
+    schedule = Schedule(rows, width, depth, tail)
+    places = np.arange(depth) * schedule.step >> schedule.tail_shift
+    np.testing.assert_array_equal(places, np.arange(depth) * schedule.tail_step)
+    np.testing.assert_array_equal(places // 64, (places + 4 * tail - 1) // 64, "one cache line")
+    assert schedule.tail_start + places[-1] + VECTOR_BYTES <= schedule.panel_bytes
 
 
 def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndarray) -> list[int]:

@@ -32,6 +32,15 @@ CASES = DENSE_CASES | {
     "uneven blocks of depth": Convolution((1, 211, 4, 5), 10, (3, 3), padding=SAME),
 }
 
+TAILS = {
+    "7 x 7": Convolution((2, 300, 7, 7), 21, (1, 1)),
+    "14 x 14": Convolution((1, 60, 14, 14), 19, (3, 3), padding=SAME),
+    "eight lanes": Convolution((1, 150, 1, 6 * 16 + 7), 9, (1, 1)),
+    "two panels, stride 2": Convolution((1, 40, 14, 35), 5, (3, 3), stride=(2, 2)),
+    "stride 3, groups": Convolution((1, 40, 20, 20), 18, (2, 2), groups=2, stride=(3, 3)),
+}
+"""Convolutions whose last pixels are in a narrower vector where vectors have 16 lanes."""
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_shapes(name: str) -> None:
@@ -47,6 +56,44 @@ def test_shapes(name: str) -> None:
 @given(cases(), st.sampled_from([0.0, 0.1, 0.4]), st.sampled_from([1, 2, 4]))
 def test_any_shape(case: Convolution, density: float, rows: int) -> None:
     case.check(pruned(case.weight, density, rows))
+
+
+@pytest.mark.parametrize("name", TAILS)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_tails(name: str, rows: int) -> None:
+    case = TAILS[name]
+    x, weight = numbers(case.x), pruned(case.weight, 0.2, rows)
+    y = case.convolve(x, weight)
+    added = numbers(y.shape, 2)
+    problem = case.problem(
+        y.shape,
+        chain(("add", "e0"), ("relu",), extras=1),
+        [Operand.plain("float32", y.shape)],
+        zero_pattern(weight),
+    )
+    found = [one for one in candidates(problem) if isinstance(one, SparseConvolutionCandidate)]
+    assert LANES != 16 or all(one.schedule.tail for one in found)
+    most = max(one.schedule.rows for one in found)
+    blocked = min(found, key=lambda one: (one.schedule.rows != most, one.schedule.depth))
+    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
+    check(
+        problem,
+        [x, weight, added],
+        np.maximum(y + added, 0),
+        magnitude,
+        found=[blocked, found[-1]],
+    )
+
+
+def test_pixels_of_two_rows_are_no_tail() -> None:
+    # A tail is copied as one piece. Both have one to eight pixels behind three whole vectors.
+    column = Convolution((1, 60, 51, 2), 9, (1, 2))
+    pairs = Convolution((1, 60, 28, 5), 9, (3, 3), stride=(1, 2))
+    for case in (column, pairs):
+        weight = pruned(case.weight, 0.2)
+        found = sparse_candidates(case, weight)
+        assert {one.schedule.tail for one in found} == {0}  # type: ignore[attr-defined]
+        case.check(weight)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
