@@ -42,6 +42,8 @@ _TAILS = (4, 8) if LANES == 16 else ()
 """Lanes of vectors that cost half of a whole one."""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
+_FOUR = 4
+"""Columns that are multiplied at once: one load brings their weights."""
 _PARTS = 8
 """Parts of a weight, so that few panels are shared evenly; the same for every batch."""
 _LEAST_PART = 8
@@ -187,7 +189,7 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
 
     A stream has runs of row groups with equally many columns: that number, how many groups, and
     for each group its number and its columns, as their offset in the panel and the value of each
-    row. A run of no groups ends it.
+    row, four columns together as long as there are four. A run of no groups ends it.
     """
     count, entry = schedule.row_groups(len(matrix)), 1 + schedule.rows
     rows = np.zeros((count * schedule.rows, matrix.shape[1]), np.float32)
@@ -209,11 +211,17 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
     words[places[runs] - 2] = lengths[runs]
     words[places[runs] - 1] = np.diff(runs, append=count)
     groups, columns = np.nonzero(nonzero[order])
-    firsts = np.cumsum(lengths) - lengths
-    entries = places[groups] + 1 + (np.arange(len(groups)) - firsts[groups]) * entry
-    words[entries] = columns * schedule.step
+    number = np.arange(len(groups)) - (np.cumsum(lengths) - lengths)[groups]
+    # Fours hold their columns first, then the values of one row after those of another.
+    four, lane = np.divmod(number, _FOUR)
+    in_four = number < lengths[groups] // _FOUR * _FOUR
+    entries = places[groups] + 1 + np.where(in_four, four * _FOUR, number) * entry
+    step = np.where(in_four, _FOUR, 1)
+    lane = np.where(in_four, lane, 0)
+    words[entries + lane] = columns * schedule.step
     values = rows.reshape(count, schedule.rows, -1)[order[groups], :, columns]
-    words[entries[:, None] + np.arange(1, entry)] = values.view(np.int32)
+    for row in range(schedule.rows):
+        words[entries + (1 + row) * step + lane] = values[:, row].view(np.int32)
     return words, places[begins_part] - 2
 
 
@@ -276,20 +284,40 @@ def _product_lines(
             f"{name} = load({_at(schedule, row, vector)}, {kinds[vector]})"
             for name, row, vector in names
         ],
-        "weights": [
-            f"w{row} = broadcast(read(p + {4 + 4 * row}, FLOAT32), FLOAT32)"
-            for row in range(schedule.rows)
-        ],
-        "products": _multiply_lines(schedule, kinds),
+        "four": _four_lines(schedule, kinds),
+        "one": _one_lines(schedule, kinds),
         "before": before,
         "finish": finish,
     }
     sizes = {
         "SUMS": schedule.rows * schedule.sums_step,
+        "FOUR": _FOUR,
         "ENTRY": 4 + 4 * schedule.rows,
         "AHEAD": _AHEAD,
     }
     return fill(_BODY, parts, sizes)
+
+
+def _one_lines(schedule: Schedule, kinds: Sequence[str]) -> list[str]:
+    """Lines that multiply the column at ``p``."""
+    weights = [
+        f"w{row} = broadcast(read(p + {4 + 4 * row}, FLOAT32), FLOAT32)"
+        for row in range(schedule.rows)
+    ]
+    return ["offset = read(p, INT32)", *weights, *_multiply_lines(schedule, kinds)]
+
+
+def _four_lines(schedule: Schedule, kinds: Sequence[str]) -> list[str]:
+    """Lines that multiply the four columns at ``p``."""
+    lines = [
+        f"four{row} = load_repeated(p + {4 * _FOUR * (1 + row)}, FLOAT32)"
+        for row in range(schedule.rows)
+    ]
+    for lane in range(_FOUR):
+        lines.append(f"offset = read(p + {4 * lane}, INT32)")
+        lines += [f"w{row} = repeat_lane(four{row}, {lane})" for row in range(schedule.rows)]
+        lines += _multiply_lines(schedule, kinds)
+    return lines
 
 
 def _multiply_lines(schedule: Schedule, kinds: Sequence[str]) -> list[str]:
@@ -332,10 +360,12 @@ while members > 0:
         while ahead < end + AHEAD:
             prefetch(ahead)
             ahead += 64
+        last_four = p + count // FOUR * FOUR * ENTRY
+        while p < last_four:
+            <four>
+            p += FOUR * ENTRY
         while p < end:
-            offset = read(p, INT32)
-            <weights>
-            <products>
+            <one>
             p += ENTRY
         <finish>
         members -= 1

@@ -99,6 +99,7 @@ __all__ = [
     "load",
     "load_even",
     "load_masked",
+    "load_repeated",
     "mask_between",
     "mask_first",
     "maximum",
@@ -111,6 +112,7 @@ __all__ = [
     "reduce_maximum",
     "reduce_minimum",
     "reduce_multiply",
+    "repeat_lane",
     "resize",
     "scatter",
     "select",
@@ -228,6 +230,41 @@ def broadcast(typing: Any, scalar: Any, vector: Any) -> Any:
         return splat(builder, kind, bits).value
 
     return kind(scalar, vector), generate
+
+
+@intrinsic
+def load_repeated(typing: Any, address: Any, vector: Any) -> Any:
+    """The four numbers at ``address`` again and again, for `repeat_lane`."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        four = Vector(kind.element, 4)
+        pointer = builder.inttoptr(values[0], four.llvm.as_pointer())
+        loaded = Register(builder, four, builder.load(pointer, align=four.bits // 8))
+        repeated = loaded.shuffle([lane % 4 for lane in range(kind.lanes)])
+        if "avx512f" in FEATURES:
+            # Else LLVM loads each number again, and loads are what such loops wait for.
+            repeated = repeated.llvm("llvm.arithmetic.fence")
+        return repeated.value
+
+    return kind(types.int64, vector), generate
+
+
+@intrinsic(prefer_literal=True)
+def repeat_lane(typing: Any, repeated: Any, lane: Any) -> Any:
+    """The number ``lane`` (literal) of the four of a `load_repeated` in every lane."""
+    number = getattr(lane, "literal_value", None)
+    if not isinstance(repeated, Vector) or number is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        # Each four lanes are shuffled among themselves, which is cheapest.
+        lanes = [start + number for start in range(0, repeated.lanes, 4) for _ in range(4)]
+        return Register(builder, repeated, values[0]).shuffle(lanes).value
+
+    return repeated(repeated, lane), generate
 
 
 @intrinsic

@@ -31,15 +31,18 @@ def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndar
         longest, place = length, place + 2
         for _ in range(members):
             seen.append(int(words[place]))
-            place += 1
-            for _ in range(length):
-                column, rest = divmod(int(words[place]), schedule.step)
-                assert rest == 0
-                values = words[place + 1 : place + 1 + schedule.rows].view(np.float32)
-                first = seen[-1] * schedule.rows
-                rows = matrix[first : first + schedule.rows]
-                rows[:, column] = values[: len(rows)]
-                place += 1 + schedule.rows
+            place, done = place + 1, 0
+            first = seen[-1] * schedule.rows
+            rows = matrix[first : first + schedule.rows]
+            while length > done:
+                together = 4 if length - done >= 4 else 1
+                entry = words[place : place + together * (1 + schedule.rows)]
+                entry = entry.reshape(1 + schedule.rows, together)
+                columns, rest = np.divmod(entry[0], schedule.step)
+                assert not rest.any()
+                rows[:, columns] = entry[1:].view(np.float32)[: len(rows)]
+                place += entry.size
+                done += together
     return seen
 
 

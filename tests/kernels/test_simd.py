@@ -81,15 +81,38 @@ store(a2 + 4 * LANES, interleave_high(even, odd))
     np.testing.assert_array_equal(written, pairs.reshape(-1))
 
 
-def test_mask_first_clips_its_count() -> None:
-    target, written = guarded(np.zeros((3, LANES), bool))
+@pytest.mark.parametrize("kind", ["FLOAT32", "FLOAT64", "INT16", "INT8", "BOOL"])
+def test_mask_first_clips_its_count(kind: str) -> None:
+    counts = [-(2**40), -5, 0, 2, LANES, LANES + 7, 256, 2**16, 2**32, 2**40 + 1]
+    target, written = guarded(np.zeros((len(counts), LANES), bool))
+    body = "\n".join(
+        f"store(a0 + {row} * LANES, mask_first(a{1 + row}, {kind}))" for row in range(len(counts))
+    )
+    run(body, target.address, *counts)
+    np.testing.assert_array_equal(written, np.arange(LANES) < np.array(counts)[:, None])
+
+
+def test_lanes_in_vectors_of_other_lengths() -> None:
+    values = np.arange(1, 5, dtype=np.float32)
+    source_buffer, _ = guarded(values)
+    target, written = guarded(np.zeros((5, LANES), np.float32))
+    numbers, counted = guarded(np.zeros(LANES, np.int32))
     body = """
-store(a0, mask_first(-5, FLOAT32))
-store(a0 + LANES, mask_first(LANES + 7, FLOAT32))
-store(a0 + 2 * LANES, mask_first(2, FLOAT32))
+four = load_repeated(a0, FLOAT32)
+store(a1, repeat_lane(four, 0))
+store(a1 + 4 * LANES, repeat_lane(four, 3))
+store(a1 + 8 * LANES, resize(resize(four, FLOAT32X4) * 2, FLOAT32))
+store(a1 + 12 * LANES, resize(resize(repeat_lane(four, 1), FLOAT32X8), FLOAT32))
+store(a1 + 16 * LANES, four)
+store(a2, lane_index(INT32))
 """
-    run(body, target.address)
-    np.testing.assert_array_equal(written.sum(1), [0, LANES, 2])
+    run(body, source_buffer.address, target.address, numbers.address)
+    np.testing.assert_array_equal(written[0], 1)
+    np.testing.assert_array_equal(written[1], 4)
+    np.testing.assert_array_equal(written[2, :4], 2 * values)
+    np.testing.assert_array_equal(written[3, :8], 2)
+    np.testing.assert_array_equal(written[4], np.resize(values, LANES))
+    np.testing.assert_array_equal(counted, np.arange(LANES))
 
 
 def test_scalars() -> None:
