@@ -158,7 +158,7 @@ class ConvolutionCandidate(Candidate):
         block, epilogue = self._arguments(_blocking(self.image, self.tile, team))
         name = f"convolution_{self.tile.height}x{self.tile.width}"
         entry = source.build(name, kernel_text(block, _lines(self.tile, epilogue), VOCABULARY))
-        return (Step(entry, (*block.values, *epilogue.immediates), team > 1),)
+        return (Step(entry, (*block.values, *epilogue.immediates), team > 1, block.tasks),)
 
     def _arguments(self, blocking: _Blocking) -> tuple[Arguments, Epilogue]:
         image, block = self.image, Arguments()

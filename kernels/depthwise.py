@@ -75,7 +75,8 @@ class StripCandidate(Candidate):
         name = f"depthwise_{kernel}_{image.stride[0]}{image.stride[1]}_{self.strip}"
         text = kernel_text(block, _strip_lines(image, self.strip, extras, epilogue), VOCABULARY)
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        return (Step(source.build(name, text), (*block.values, *epilogue.immediates), parallel),)
+        arguments = (*block.values, *epilogue.immediates)
+        return (Step(source.build(name, text), arguments, parallel, block.tasks),)
 
 
 def _strip_cycles(image: Image, strip: int) -> float:

@@ -77,7 +77,7 @@ class DirectCandidate(Candidate):
         text = kernel_text(block, _lines(self.tile, epilogue), VOCABULARY)
         entry = source.build(f"direct_convolution_{self.tile}", text)
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        return (Step(entry, (*block.values, *epilogue.immediates), parallel),)
+        return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
 
     def _arguments(self) -> tuple[Arguments, Epilogue]:
         image, block = self.image, Arguments()

@@ -226,7 +226,7 @@ class IntegerConvolutionCandidate(Candidate):
         block = self._arguments(_blocking(self.image, self.tile, team))
         text = kernel_text(block, _lines(self.tile, finish), VOCABULARY)
         entry = source.build(f"integer_convolution_{self.tile}{finish.name}", text)
-        return (Step(entry, tuple(block.values), team > 1),)
+        return (Step(entry, tuple(block.values), team > 1, block.tasks),)
 
     def _arguments(self, blocking: _Blocking) -> Arguments:
         image, tile, block = self.image, self.tile, Arguments()

@@ -113,7 +113,7 @@ def product_step(
     block = Arguments()
     block.add_all(values)
     entry = source.build(f"integer_matmul_{finish}", kernel_text(block, _lines(finish), VOCABULARY))
-    return Step(entry, tuple(block.values), threads > 1)
+    return Step(entry, tuple(block.values), threads > 1, block.tasks)
 
 
 @register(IntegerMatmulProblem)

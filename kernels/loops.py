@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from graphopt.kernels.registry import Argument
+from graphopt.kernels.registry import WHOLE, Argument
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,13 @@ class Arguments:
         for name, value in values.items():
             self.add(name, value)
 
+    @property
+    def tasks(self) -> int:
+        """The argument of that name: how many equal tasks threads share."""
+        tasks = self.values[self.names.index("tasks")]
+        assert isinstance(tasks, int)
+        return tasks
+
     def read(self) -> list[str]:
         """Lines that put every argument into a variable."""
         return [f"{name} = arguments[{place}]" for place, name in enumerate(self.names)]
@@ -146,8 +153,8 @@ class Odometer:
 
 
 SHARE = [
-    "task = thread * tasks // threads",
-    "stop = (thread + 1) * tasks // threads",
+    f"task = (begin * tasks + {WHOLE // 2}) // {WHOLE}",
+    f"stop = (end * tasks + {WHOLE // 2}) // {WHOLE}",
 ]
 """Lines that give this thread its share, ``task`` to ``stop``, of ``tasks`` equal tasks."""
 
@@ -162,5 +169,5 @@ def kernel_text(
 ) -> str:
     """A kernel's module; ``vocabulary`` lists the modules here whose names it uses."""
     imports = [f"from graphopt.kernels.{module} import *" for module in vocabulary]
-    lines = ["def kernel(arguments, thread, threads):", *indent(1, arguments.read())]
+    lines = ["def kernel(arguments, thread, begin, end):", *indent(1, arguments.read())]
     return "\n".join(["import math", "", *imports, "", "", *lines, *indent(1, body)]) + "\n"

@@ -139,7 +139,7 @@ class MatmulCandidate(Candidate):
         block, epilogue = self._arguments(threads if parallel else 1)
         text = kernel_text(block, _lines(self.tile, epilogue, self._packed), VOCABULARY)
         entry = source.build(f"matmul_{self.tile.height}x{self.tile.width}", text)
-        return (Step(entry, (*block.values, *epilogue.immediates), parallel),)
+        return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
 
     def _arguments(self, threads: int) -> tuple[Arguments, Epilogue]:
         product, block = self.product, Arguments()

@@ -43,7 +43,7 @@ class FilteringCandidate(Candidate):
         block, epilogue = self._arguments(team)
         text = kernel_text(block, self._lines(epilogue), VOCABULARY)
         entry = source.build(self._name, text)
-        return (Step(entry, (*block.values, *epilogue.immediates), team > 1),)
+        return (Step(entry, (*block.values, *epilogue.immediates), team > 1, block.tasks),)
 
     def _team(self, threads: int) -> int:
         return threads if self.estimate > WORTH_SHARING else 1

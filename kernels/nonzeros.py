@@ -44,7 +44,7 @@ _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
 _FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
-_PARTS = 8
+_PARTS = 16
 """Parts of a weight, so that few panels are shared evenly; the same for every batch."""
 _LEAST_PART = 8
 """Row groups of a part at least."""

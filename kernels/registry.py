@@ -3,13 +3,14 @@
 How to write a family, in one file:
 
 1. Declare the problem in `problem`: a frozen dataclass derived from ``Problem``.
-2. Generate the kernel as Python text that defines ``kernel(arguments, thread, threads)`` with the
-   vocabulary of `simd` and `elementary`; ``source.build(name, text)`` compiles and caches it.
+2. Generate the kernel as Python text that defines ``kernel(arguments, thread, begin, end)`` with
+   the vocabulary of `simd` and `elementary`; ``source.build(name, text)`` compiles and caches it.
    ``arguments`` is a pointer to int64: addresses, sizes, strides in bytes, and float immediates
    (``float32_from_bits(arguments[7])``). Read them into locals first. Every thread of the team
-   calls the kernel with its own number and does its share of the work; the kernel never
-   allocates, never raises, and touches nothing outside its operands (masked loads and stores for
-   remainders). Generate per schedule, dtype and epilogue; sizes are arguments.
+   calls the kernel with its own number and does its share of the work, from ``begin`` to ``end``
+   of `WHOLE` (`loops.SHARE` makes a range of tasks of it); the kernel never allocates, never
+   raises, and touches nothing outside its operands (masked loads and stores for remainders).
+   Generate per schedule, dtype and epilogue; sizes are arguments.
 3. Derive from `Candidate`: one per schedule worth trying. ``pack`` rearranges constants once,
    ``scratch_bytes`` asks for memory that the steps share, ``build`` returns the steps.
 4. Register a function from problem to candidates:
@@ -31,10 +32,17 @@ import numpy as np
 
 from graphopt.kernels.problem import Problem
 
+WHOLE = 2**20
+"""The work of a step, of which threads get shares."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A compiled kernel, ``void (int64_t *arguments, int64_t thread, int64_t threads)``."""
+    """A compiled kernel: ``void (int64_t *arguments, int64_t thread, int64_t begin, int64_t end)``.
+
+    A thread's share is from ``begin`` to ``end`` of `WHOLE`; shares differ in size as threads do
+    in speed, and results do not depend on them.
+    """
 
     address: int
     name: str
@@ -77,12 +85,14 @@ Argument = Input | Output | Packed | Scratch | int | float
 class Step:
     """One call of a kernel: by every thread of the team, or by the first alone.
 
-    Between the steps of a candidate there is a barrier.
+    Between the steps of a candidate there is a barrier. ``tasks`` is how many equal parts threads
+    share, where the kernel's author knows.
     """
 
     entry: Entry
     arguments: tuple[Argument, ...]
     parallel: bool = True
+    tasks: int = 0
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from numba.core.registry import cpu_target
 from graphopt.kernels import cache
 from graphopt.kernels.registry import Entry
 
-SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
+SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64, types.int64)
 
 _HELPERS = (
     "register.py",
@@ -60,7 +60,7 @@ _compilations = itertools.count()
 
 
 def build(name: str, text: str) -> Entry:
-    """Compile ``text``, a module that defines ``kernel(arguments, thread, threads)``.
+    """Compile ``text``, a module that defines ``kernel(arguments, thread, begin, end)``.
 
     ``name`` is for people (profilers show it) and must be an identifier. The result is remembered
     in this process and on disk; safe to call from several threads and processes at once.

@@ -110,7 +110,7 @@ class SparseConvolutionCandidate(Candidate):
         name = f"sparse_convolution_{self.schedule.rows}x{self.schedule.width}"
         text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
         arguments = (*block.values, *epilogue.immediates)
-        return (Step(source.build(name, text), arguments, self._parallel(threads)),)
+        return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
     def _arguments(self) -> tuple[Arguments, Epilogue]:
         image, block = self.image, Arguments()

@@ -126,10 +126,11 @@ class SparseIntegerConvolutionCandidate(SparseIntegerCandidate):
 
     def build(self, threads: int) -> tuple[Step, ...]:
         finish = requantization(self.problem)
-        text = kernel_text(self._arguments(), _lines(self.schedule, finish), VOCABULARY)
+        block = self._arguments()
+        text = kernel_text(block, _lines(self.schedule, finish), VOCABULARY)
         name = f"sparse_integer_convolution_{self.schedule.rows}x{self.schedule.width}{finish.name}"
         entry = source.build(name, text)
-        return (Step(entry, tuple(self._arguments().values), self.is_parallel(threads)),)
+        return (Step(entry, tuple(block.values), self.is_parallel(threads), block.tasks),)
 
     def _arguments(self) -> Arguments:
         image, block = self.image, Arguments()

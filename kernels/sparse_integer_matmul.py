@@ -77,7 +77,8 @@ class SparseIntegerMatmulCandidate(SparseIntegerCandidate):
         text = kernel_text(block, _lines(self.schedule, floating), VOCABULARY)
         kind = "_floating" if floating else ""
         name = f"sparse_integer_matmul_{self.schedule.rows}x{self.schedule.width}{kind}"
-        return (Step(source.build(name, text), tuple(block.values), self.is_parallel(threads)),)
+        entry = source.build(name, text)
+        return (Step(entry, tuple(block.values), self.is_parallel(threads), block.tasks),)
 
 
 @register(IntegerMatmulProblem)

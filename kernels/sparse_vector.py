@@ -83,7 +83,7 @@ class SparseVectorCandidate(Candidate):
         epilogue = product_epilogue(self.problem, product, block)
         entry = source.build("sparse_vector", kernel_text(block, _lines(epilogue), VOCABULARY))
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        return (Step(entry, (*block.values, *epilogue.immediates), parallel),)
+        return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
 
 
 def _slice(rows: np.ndarray, step: int) -> np.ndarray:

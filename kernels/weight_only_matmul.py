@@ -99,7 +99,7 @@ class WeightOnlyCandidate(Candidate):
         text = kernel_text(block, _lines(problem.bits, self._step), VOCABULARY)
         entry = source.build(f"weight_only_matmul_{problem.bits}", text)
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        return (Step(entry, tuple(block.values), parallel),)
+        return (Step(entry, tuple(block.values), parallel, block.tasks),)
 
 
 @register(WeightOnlyMatmulProblem)

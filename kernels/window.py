@@ -163,7 +163,7 @@ class Windows:
         }
         text = kernel_text(block, fill(_BODY, parts, {"STRIP": self.strip}), VOCABULARY)
         entry = source.build(f"{name}_{self.strip}", text)
-        return Step(entry, (*block.values, *epilogue.immediates), parallel)
+        return Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ import numpy as np
 from graphopt.engine import walker
 from graphopt.kernels.registry import Argument, Input, Output, Packed, Scratch, Step
 
+_FINE = 24
+"""Tasks of a step from which threads can get about the shares that suit their speeds."""
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -112,6 +115,7 @@ class TapeWriter:
         for number, step in enumerate(steps):
             flags = walker.PARALLEL if step.parallel else 0
             flags |= walker.BEGINS_KERNEL if number == 0 else 0
+            flags |= walker.FINE if step.tasks >= _FINE else 0
             self._steps.append((step.entry.address, 8 * len(self._words), flags))
             for argument in step.arguments:
                 self._words.append(self._word(argument, operands.locate))

@@ -59,7 +59,7 @@ class Team:
     """
 
     def __init__(self) -> None:
-        size = walker.FIRST_WORKER + (MAXIMUM_THREADS - 1) * walker.WORKER_BYTES
+        size = walker.FIRST_THREAD + MAXIMUM_THREADS * walker.THREAD_BYTES
         self._memory = np.zeros(size // 8 + walker.LINE // 8, dtype=np.int64)
         skip = -self._memory.ctypes.data % walker.LINE // 8
         self._words = self._memory[skip : skip + size // 8]
@@ -125,9 +125,11 @@ class Team:
             (walker.SPINS_OF_WORKER, int(_LINGER / pause)),
         ):
             self._words[place // 8] = value
+        speeds = self._words[(walker.FIRST_THREAD + walker.SPEED) // 8 :: walker.THREAD_BYTES // 8]
+        speeds[...] = walker.UNIT_SPEED
 
     def _start_worker(self, thread: int) -> None:
-        worker = (walker.FIRST_WORKER + (thread - 1) * walker.WORKER_BYTES) // 8
+        worker = (walker.FIRST_THREAD + thread * walker.THREAD_BYTES) // 8
         self._words[worker + walker.SEMAPHORE // 8] = _system().create_semaphore()
         self._words[worker + walker.STATUS // 8] = walker.WAKING
         started = threading.Thread(

@@ -44,22 +44,34 @@ JOB_SPINS_OF_WORKER = JOB_TAPE + 48
 JOB_GENERATION = JOB_TAPE + 56
 # Arrivals at the barrier since the job began:
 ARRIVALS = 3 * LINE
-# Two lines per worker: what its owner tells it, and what it is doing.
-FIRST_WORKER = 4 * LINE
+# Three lines per thread, the owner (thread 0) included: what the owner tells it, what it is doing,
+# and its share of the work. A share is a part of WHOLE, from BEGIN to END; SPEED, which the owner
+# keeps between jobs, is relative to UNIT_SPEED. WHOLE is that of graphopt.kernels.registry, which
+# Numba's cache would not notice to change.
+FIRST_THREAD = 4 * LINE
 COMMAND = 0
 SEMAPHORE = 8
 STATUS = LINE
-WORKER_BYTES = 2 * LINE
+SHARE = 2 * LINE
+BEGIN = SHARE
+END = SHARE + 8
+TICKS = SHARE + 16
+SPEED = SHARE + 24
+THREAD_BYTES = 3 * LINE
+WHOLE = 2**20
+UNIT_SPEED = 2**20
 
 STOP = -1
 SPINNING, PARKED, WAKING = 0, 1, 2
+
+_LEAST_TICKS = 10_000
 
 # One row of a tape: three words.
 STEP_ENTRY = 0
 STEP_ARGUMENTS = 8
 STEP_FLAGS = 16
 STEP_BYTES = 24
-PARALLEL, BARRIER, BEGINS_KERNEL = 1, 2, 4
+PARALLEL, BARRIER, BEGINS_KERNEL, FINE = 1, 2, 4, 8
 
 # One row of the relocations: which word of the arguments, which external, plus how many bytes.
 RELOCATION_WORD = 0
@@ -166,23 +178,52 @@ def pause(typing_context: Any) -> Any:
     return types.void(), codegen
 
 
-def _indirect_call(result: ir.Type, numba_result: types.Type) -> Callable[..., Any]:
-    def typer(typing_context: Any, address: Any, a: Any, b: Any, c: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            function = ir.FunctionType(result, [_WORD] * 3)
-            value = builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
-            return context.get_dummy_value() if numba_result is types.void else value
+@intrinsic
+def ticks(typing_context: Any) -> Any:
+    """A clock of this core that costs next to nothing to read; always 0 where there is none."""
 
-        return numba_result(*[types.int64] * 4), codegen
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64"):
+            name = "llvm.readcyclecounter"
+        elif machine in ("aarch64", "arm64"):
+            # The counter of cycles is not for programs there.
+            name = "llvm.readsteadycounter"
+        else:
+            return ir.Constant(_WORD, 0)
+        counter = builder.module.declare_intrinsic(name, (), ir.FunctionType(_WORD, []))
+        return builder.call(counter, [])
 
-    return typer
+    return types.int64(), codegen
 
 
-# An entry takes (arguments, thread, threads), see graphopt.kernels. A function of the system gets
-# three integers, of which it takes as many as it wants: all conventions used pass them in
-# registers.
-call_entry = intrinsic(_indirect_call(ir.VoidType(), types.void))
-call_system = intrinsic(_indirect_call(_WORD, types.int64))
+@intrinsic
+def call_entry(
+    typing_context: Any, address: Any, arguments: Any, thread: Any, begin: Any, end: Any
+) -> Any:
+    """Call a kernel's entry, see graphopt.kernels."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [_WORD] * 4)
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
+def call_system(typing_context: Any, address: Any, a: Any, b: Any, c: Any) -> Any:
+    """Call a function of the system.
+
+    It gets three integers, of which it takes as many as it wants: all conventions used pass them
+    in registers.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(_WORD, [_WORD] * 3)
+        return builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+
+    return types.int64(*[types.int64] * 4), codegen
 
 
 def _entry(signature: str) -> Callable[[Callable[..., Any]], Any]:
@@ -229,7 +270,42 @@ def walk_alone(tape: int, arguments: int, first: int, last: int) -> None:
     """Run steps [first, last) on this thread."""
     for index in range(first, last):
         step = tape + index * STEP_BYTES
-        call_entry(load(step + STEP_ENTRY), arguments + load(step + STEP_ARGUMENTS), 0, 1)
+        call_entry(load(step + STEP_ENTRY), arguments + load(step + STEP_ARGUMENTS), 0, 0, WHOLE)
+
+
+@njit
+def divide(team: int, threads: int) -> None:
+    """Give each thread a share of the work that is as large as the thread is fast."""
+    total = 0
+    for thread in range(threads):
+        total += load(team + FIRST_THREAD + thread * THREAD_BYTES + SPEED)
+    before = 0
+    for thread in range(threads):
+        own = team + FIRST_THREAD + thread * THREAD_BYTES
+        store(own + BEGIN, before * WHOLE // total)
+        before += load(own + SPEED)
+        store(own + END, before * WHOLE // total)
+
+
+@njit
+def compare_speeds(team: int, threads: int) -> None:
+    """Learn from a job how fast its threads are: processors differ, and so do their other tasks.
+
+    Only steps with many tasks were timed, whose shares are about as large as they should be.
+    """
+    total = 0
+    for thread in range(threads):
+        own = team + FIRST_THREAD + thread * THREAD_BYTES
+        if load(own + TICKS) < _LEAST_TICKS:
+            return
+        total += ((load(own + END) - load(own + BEGIN)) << 32) // load(own + TICKS)
+    for thread in range(threads):
+        own = team + FIRST_THREAD + thread * THREAD_BYTES
+        speed = ((load(own + END) - load(own + BEGIN)) << 32) // load(own + TICKS)
+        speed = min(max(UNIT_SPEED * threads * speed // total, UNIT_SPEED // 4), 4 * UNIT_SPEED)
+        known = load(own + SPEED)
+        # One job may have been disturbed.
+        store(own + SPEED, known + (speed - known) // 4)
 
 
 @njit
@@ -237,19 +313,26 @@ def walk_together(team: int, thread: int) -> None:
     """One thread's part of the team's job; the owner (thread 0) returns after all others."""
     tape, arguments = load(team + JOB_TAPE), load(team + JOB_ARGUMENTS)
     threads = load(team + JOB_THREADS)
+    own = team + FIRST_THREAD + thread * THREAD_BYTES
+    begin, end = load(own + BEGIN), load(own + END)
+    busy = 0
     target = 0
     for index in range(load(team + JOB_FIRST), load(team + JOB_LAST)):
         step = tape + index * STEP_BYTES
         flags = load(step + STEP_FLAGS)
         entry, block = load(step + STEP_ENTRY), arguments + load(step + STEP_ARGUMENTS)
         if flags & PARALLEL != 0:
-            call_entry(entry, block, thread, threads)
+            start = ticks()
+            call_entry(entry, block, thread, begin, end)
+            if flags & FINE != 0:
+                busy += ticks() - start
         elif thread == 0:
-            call_entry(entry, block, 0, 1)
+            call_entry(entry, block, 0, 0, WHOLE)
         if flags & BARRIER != 0:
             target += threads
             atomic_add(team + ARRIVALS, 1)
             await_arrivals(team, target)
+    store(own + TICKS, busy)
     if thread == 0:
         await_arrivals(team, target + threads - 1)
     else:
@@ -274,7 +357,7 @@ def summon(team: int, workers: int) -> bool:
     """Wake those of the first `workers` workers that sleep; whether all of them are awake."""
     awake = True
     for index in range(workers):
-        worker = team + FIRST_WORKER + index * WORKER_BYTES
+        worker = team + FIRST_THREAD + (1 + index) * THREAD_BYTES
         if atomic_load(worker + STATUS) != SPINNING:
             awake = False
             if compare_exchange(worker + STATUS, PARKED, WAKING) == PARKED:
@@ -292,14 +375,14 @@ def seize(team: int, threads: int) -> bool:
 def command(team: int, workers: int, value: int) -> None:
     """Give the first `workers` workers a command, and wake those that sleep."""
     for index in range(workers):
-        atomic_exchange(team + FIRST_WORKER + index * WORKER_BYTES + COMMAND, value)
+        atomic_exchange(team + FIRST_THREAD + (1 + index) * THREAD_BYTES + COMMAND, value)
     summon(team, workers)
 
 
 @_entry("void(int64, int64)")
 def serve(team: int, thread: int) -> None:
     """A worker's life: await a command, walk, linger, park; returns when told to stop."""
-    worker = team + FIRST_WORKER + (thread - 1) * WORKER_BYTES
+    worker = team + FIRST_THREAD + thread * THREAD_BYTES
     seen = 0
     linger = load(team + SPINS_OF_WORKER)
     atomic_exchange(worker + STATUS, SPINNING)
@@ -376,9 +459,11 @@ def run_steps(context: int, first: int, last: int, threads: int, stay: int) -> i
         store(team + JOB_SPINS_OF_WORKER, 0 if stay == 0 else load(team + SPINS_OF_WORKER))
         generation = load(team + JOB_GENERATION) + 1
         store(team + JOB_GENERATION, generation)
+        divide(team, threads)
         atomic_exchange(team + ARRIVALS, 0)
         command(team, workers, generation)
         walk_together(team, 0)
+        compare_speeds(team, threads)
     atomic_exchange(team + OWNER, 0)
     return 0
 

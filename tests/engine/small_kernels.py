@@ -8,9 +8,8 @@ import numpy as np
 from llvmlite import ir
 from numba import cfunc, extending, types
 
-from graphopt.kernels.registry import Entry, Input, Output, Scratch, Step
-
-SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
+from graphopt.kernels.registry import WHOLE, Entry, Input, Output, Scratch, Step
+from graphopt.kernels.source import SIGNATURE
 
 intrinsic: Any = extending.intrinsic
 
@@ -32,54 +31,54 @@ def bits(typing_context: Any, word: Any) -> Any:
 
 
 @cfunc(SIGNATURE, cache=True)
-def _affine(arguments: Any, thread: int, threads: int) -> None:
+def _affine(arguments: Any, thread: int, begin: int, end: int) -> None:
     source, target, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
     scale, shift = bits(arguments[3]), bits(arguments[4])
-    for i in range(count * thread // threads, count * (thread + 1) // threads):
+    for i in range(count * begin // WHOLE, count * end // WHOLE):
         target[i] = scale * source[i] + shift
 
 
 @cfunc(SIGNATURE, cache=True)
-def _add(arguments: Any, thread: int, threads: int) -> None:
+def _add(arguments: Any, thread: int, begin: int, end: int) -> None:
     left, right, target = floats(arguments[0]), floats(arguments[1]), floats(arguments[2])
     count = arguments[3]
-    for i in range(count * thread // threads, count * (thread + 1) // threads):
+    for i in range(count * begin // WHOLE, count * end // WHOLE):
         target[i] = left[i] + right[i]
 
 
 @cfunc(SIGNATURE, cache=True)
-def _rotate(arguments: Any, thread: int, threads: int) -> None:
+def _rotate(arguments: Any, thread: int, begin: int, end: int) -> None:
     """target[i] = source[i + shift] + 1, cyclic: reads what other threads wrote."""
     source, target = floats(arguments[0]), floats(arguments[1])
     count, shift = arguments[2], arguments[3]
-    for i in range(count * thread // threads, count * (thread + 1) // threads):
+    for i in range(count * begin // WHOLE, count * end // WHOLE):
         target[i] = source[(i + shift) % count] + np.float32(1)
 
 
 @cfunc(SIGNATURE, cache=True)
-def _late_increment(arguments: Any, thread: int, threads: int) -> None:
+def _late_increment(arguments: Any, thread: int, begin: int, end: int) -> None:
     """target = source + 1, with threads after the first long behind it."""
     source, target, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
     delay = 1
     for i in range(arguments[3] * thread):
         delay = (delay * 3 + i) % 1000003
-    for i in range(count * thread // threads, count * (thread + 1) // threads):
+    for i in range(count * begin // WHOLE, count * end // WHOLE):
         target[i] = source[i] + (np.float32(1) if delay >= 0 else np.float32(2))
 
 
 @cfunc(SIGNATURE, cache=True)
-def _partial_maxima(arguments: Any, thread: int, threads: int) -> None:
+def _partial_maxima(arguments: Any, thread: int, begin: int, end: int) -> None:
     """scratch = [threads, maximum of each thread's part ...]."""
     source, scratch, count = floats(arguments[0]), floats(arguments[1]), arguments[2]
-    if thread == 0:
-        scratch[0] = np.float32(threads)
+    if end == WHOLE:
+        scratch[0] = np.float32(thread + 1)
     scratch[1 + thread] = -np.float32(np.inf)
-    for i in range(count * thread // threads, count * (thread + 1) // threads):
+    for i in range(count * begin // WHOLE, count * end // WHOLE):
         scratch[1 + thread] = max(scratch[1 + thread], source[i])
 
 
 @cfunc(SIGNATURE, cache=True)
-def _minus_maximum(arguments: Any, thread: int, threads: int) -> None:
+def _minus_maximum(arguments: Any, thread: int, begin: int, end: int) -> None:
     source, scratch, target = floats(arguments[0]), floats(arguments[1]), floats(arguments[2])
     maximum = scratch[1]
     for i in range(1, int(scratch[0])):
@@ -89,8 +88,8 @@ def _minus_maximum(arguments: Any, thread: int, threads: int) -> None:
 
 
 @cfunc(SIGNATURE, cache=True)
-def _count_threads(arguments: Any, thread: int, threads: int) -> None:
-    floats(arguments[0])[thread] = np.float32(threads)
+def _shares(arguments: Any, thread: int, begin: int, end: int) -> None:
+    floats(arguments[0])[thread] = np.float32(end - begin) / np.float32(WHOLE)
 
 
 def _entry(function: Any) -> Entry:
@@ -126,6 +125,6 @@ def minus_maximum(count: int, threads: int) -> tuple[list[Step], int]:
     ], 4 * (threads + 1)
 
 
-def count_threads() -> list[Step]:
-    """output[thread] = threads."""
-    return [Step(_entry(_count_threads), (Output(0),))]
+def shares() -> list[Step]:
+    """output[thread] = its part of the work."""
+    return [Step(_entry(_shares), (Output(0),))]

@@ -10,13 +10,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_kernels import minus_maximum, rotate
 
+from graphopt.engine import walker
 from graphopt.engine.builder import ProgramBuilder
 from graphopt.engine.program import Program
 from graphopt.engine.team import team
+from graphopt.engine.walker import compare_speeds, divide
+from graphopt.kernels.registry import WHOLE
 
 FLOAT = torch.float32
 COUNT = 512
@@ -289,3 +293,59 @@ def test_busy_machine_slows_but_does_not_stop_the_team() -> None:
         for process in spinning:
             process.kill()
             process.wait()
+
+
+def shares_after(ticks: list[list[int]]) -> np.ndarray:
+    """The shares of threads after jobs in which they were busy for so many ticks."""
+    threads = len(ticks[0])
+    block = np.zeros(walker.FIRST_THREAD + threads * walker.THREAD_BYTES, np.uint8).view(np.int64)
+    rows = block[walker.FIRST_THREAD // 8 :].reshape(threads, -1)
+    rows[:, walker.SPEED // 8] = walker.UNIT_SPEED
+    divide(block.ctypes.data, threads)
+    for busy in ticks:
+        rows[:, walker.TICKS // 8] = busy
+        compare_speeds(block.ctypes.data, threads)
+        divide(block.ctypes.data, threads)
+    begins, ends = rows[:, walker.BEGIN // 8], rows[:, walker.END // 8]
+    assert begins[0] == 0
+    assert ends[-1] == WHOLE == walker.WHOLE
+    np.testing.assert_array_equal(begins[1:], ends[:-1])
+    return (ends - begins) / WHOLE
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 512])
+def test_threads_begin_with_equal_shares(threads: int) -> None:
+    np.testing.assert_allclose(shares_after([[0] * threads]), 1 / threads, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "slowness", [(1, 1), (1, 2), (3, 1), (2, 2, 1, 4), (1,) * 200 + (2,) * 312]
+)
+def test_shares_follow_the_speed_of_threads(slowness: tuple[int, ...]) -> None:
+    speeds = 1 / np.array(slowness)
+    shares, known = np.full(len(slowness), 1 / len(slowness)), []
+    for _ in range(30):
+        known.append(
+            [int(10**9 * share * slow) for share, slow in zip(shares, slowness, strict=True)]
+        )
+        shares = shares_after(known)
+    np.testing.assert_allclose(shares, speeds / speeds.sum(), rtol=0.02)
+
+
+def test_shares_after_short_or_disturbed_jobs() -> None:
+    np.testing.assert_array_equal(shares_after([[9000, 20000]] * 9), [0.5, 0.5])
+    (first, second) = shares_after([[10**6, 10**6]] * 3 + [[10**6, 10**9]])
+    assert 0.5 < first < 0.65
+    assert first + second == 1
+    (first, second) = shares_after([[2**62, 10**4]] * 99)
+    assert first > 0.05, "a thread that seems to stand still keeps some work, or it never recovers"
+
+
+def test_results_do_not_depend_on_shares() -> None:
+    program, x = mixed(2, None), torch.randint(-99, 99, (COUNT,)).float()
+    speeds = team._words[(walker.FIRST_THREAD + walker.SPEED) // 8 :: walker.THREAD_BYTES // 8]
+    for speed in (walker.UNIT_SPEED // 4, walker.UNIT_SPEED // 3, 4 * walker.UNIT_SPEED):
+        for _ in range(20):
+            speeds[0] = speed
+            assert torch.equal(program(x)[0], reference(x))
+    speeds[0] = walker.UNIT_SPEED

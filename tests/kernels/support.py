@@ -12,6 +12,7 @@ import numpy as np
 from graphopt import kernels
 from graphopt.kernels.problem import ConstantOperand, Operand, Problem
 from graphopt.kernels.registry import (
+    WHOLE,
     Argument,
     Candidate,
     Entry,
@@ -25,7 +26,7 @@ from graphopt.kernels.registry import (
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PROT_NONE = 0
-_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 3)
 
 
 ALONE = f"""
@@ -154,14 +155,16 @@ def _filled(operand: Operand, array: np.ndarray, at_end: bool, offset: int) -> G
 
 def _run(step: Step, block: list[int], threads: int) -> None:
     team = threads if step.parallel else 1
+    # Later threads get more, so that no kernel relies on equal shares.
+    bounds = [WHOLE * thread * (thread + 1) // (team * (team + 1)) for thread in range(team + 1)]
     for thread in reversed(range(team)):
-        call(step.entry, block, thread, team)
+        call(step.entry, block, thread, bounds[thread], bounds[thread + 1])
 
 
-def call(entry: Entry, block: list[int], thread: int = 0, threads: int = 1) -> None:
+def call(entry: Entry, block: list[int], thread: int = 0, begin: int = 0, end: int = WHOLE) -> None:
     """Call a kernel with an argument block."""
     arguments = np.array(block, np.int64)
-    _ENTRY(entry.address)(arguments.ctypes.data, thread, threads)
+    _ENTRY(entry.address)(arguments.ctypes.data, thread, begin, end)
 
 
 def _check_gaps(buffer: GuardedBuffer, operand: Operand) -> None:

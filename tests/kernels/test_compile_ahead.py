@@ -15,7 +15,7 @@ COUNT = 5
 
 
 def text(number: int) -> str:
-    head = "from graphopt.kernels.simd import *\n\ndef kernel(arguments, thread, threads):\n"
+    head = "from graphopt.kernels.simd import *\n\ndef kernel(arguments, thread, begin, end):\n"
     return f"{head}    write(arguments[0], {number}, INT64)\n"
 
 

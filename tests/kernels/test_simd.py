@@ -21,7 +21,7 @@ def run(body: str, *arguments: int, imports: str = "") -> None:
     """Run lines of kernel text with ``a0, a1, ...`` as arguments."""
     names = [f"    a{index} = arguments[{index}]" for index in range(len(arguments))]
     lines = [f"    {line}" for line in body.strip("\n").split("\n")]
-    head = [IMPORTS + imports, "def kernel(arguments, thread, threads):"]
+    head = [IMPORTS + imports, "def kernel(arguments, thread, begin, end):"]
     call(source.build("simd_test", "\n".join([*head, *names, *lines, ""])), list(arguments))
 
 

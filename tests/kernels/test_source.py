@@ -18,7 +18,7 @@ from graphopt.kernels.registry import Candidate, candidates, register
 TEXT = """from graphopt.kernels.simd import *
 
 
-def kernel(arguments, thread, threads):
+def kernel(arguments, thread, begin, end):
     write(arguments[0], arguments[1] + {}, INT64)
 """
 
