@@ -43,6 +43,7 @@ from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     DEPTH,
+    PARTS,
     TILES,
     VOCABULARY,
     WORTH_SHARING,
@@ -93,8 +94,9 @@ class Image:
 class _Blocking:
     """How the loops are cut: panels of pixels, tiles of channels, blocks of depth, and tasks.
 
-    A task is one block of pixels by one block of output channels of one group of one image. The
-    first ``columns`` panels have one pixel more than their vectors hold.
+    A task is one block of pixels by one of the parts of the output channels of one group of one
+    image; a thread copies the panels of a block once for all parts that are its share. The first
+    ``columns`` panels have one pixel more than their vectors hold.
     """
 
     vectors: int
@@ -103,11 +105,14 @@ class _Blocking:
     tiles: int
     depth_channels: int
     pixel_blocks: int
-    channel_blocks: int
 
     @property
     def panels_per_block(self) -> int:
         return math.ceil(self.panels / self.pixel_blocks)
+
+    @property
+    def parts(self) -> int:
+        return min(self.tiles, PARTS)
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,8 @@ class ConvolutionCandidate(Candidate):
             "vectors": blocking.vectors, "panels": blocking.panels,
             "extra_columns": blocking.columns,
             "tiles": blocking.tiles, "depth_channels": blocking.depth_channels,
-            "pixel_blocks": blocking.pixel_blocks, "channel_blocks": blocking.channel_blocks,
-            "tasks": image.batch * image.groups * blocking.pixel_blocks * blocking.channel_blocks,
+            "pixel_blocks": blocking.pixel_blocks, "parts": blocking.parts,
+            "tasks": image.batch * image.groups * blocking.pixel_blocks * blocking.parts,
         }  # fmt: skip
         block.add_all(values)
         return block, image_epilogue(self.problem, image, block)
@@ -309,29 +314,22 @@ def _cuts(image: Image, tile: TileShape, threads: int) -> Iterator[_Blocking]:
     tiles = math.ceil(image.outputs / tile.height)
     least = math.ceil(panels / max(_PANEL_BYTES // _panel_bytes(image, tile), 1))
     for pixel_blocks in {least, math.ceil(least / threads) * threads, 2 * least}:
-        for channel_blocks in range(1, min(threads, tiles) + 1):
-            yield _Blocking(
-                vectors,
-                columns,
-                panels,
-                tiles,
-                _depth_channels(image),
-                min(pixel_blocks, panels),
-                channel_blocks,
-            )
+        yield _Blocking(
+            vectors, columns, panels, tiles, _depth_channels(image), min(pixel_blocks, panels)
+        )
 
 
 def _cycles(image: Image, tile: TileShape, cut: _Blocking, threads: int) -> float:
     """Cycles of the thread that has most to do, roughly."""
-    tasks = image.batch * image.groups * cut.pixel_blocks * cut.channel_blocks
+    blocks = image.batch * image.groups * cut.pixel_blocks
+    tasks = math.ceil(blocks * cut.parts / threads)
     share = cut.panels_per_block / cut.panels
     vectors = math.ceil(cut.vectors * share)
-    tiles = math.ceil(cut.tiles / cut.channel_blocks)
     depth = image.channels * image.taps
-    copy = vectors * depth * pack_cycles(image)
+    copy = vectors * depth * pack_cycles(image) + 200
     steps = vectors * tile.cycles / tile.width + cut.columns * share / 2
-    product = tiles * (steps * depth + 3 * tile.height * vectors)
-    return math.ceil(tasks / threads) * (copy + product + 200)
+    product = cut.tiles * (steps * depth + 3 * tile.height * vectors)
+    return math.ceil(tasks / cut.parts) * copy + tasks / cut.parts * product
 
 
 def image_epilogue(problem: ConvolutionProblem, image: Image, block: Arguments) -> Epilogue:
@@ -384,16 +382,16 @@ b_step = 4 * WIDTH * LANES
 own_scratch = scratch + thread * thread_scratch
 <share>
 while task < stop:
-    rest = task // pixel_blocks
-    pixel_block = task - rest * pixel_blocks
-    place = rest // channel_blocks
-    channel_block = rest - place * channel_blocks
+    first_part = task % parts
+    last_part = min(parts, first_part + stop - task)
+    place = task // parts // pixel_blocks
+    pixel_block = task // parts - place * pixel_blocks
     image = place // groups
     group = place - image * groups
     first_panel = pixel_block * panels // pixel_blocks
     last_panel = (pixel_block + 1) * panels // pixel_blocks
-    first_tile = channel_block * tiles // channel_blocks
-    last_tile = (channel_block + 1) * tiles // channel_blocks
+    first_tile = first_part * tiles // parts
+    last_tile = last_part * tiles // parts
     first_channel = 0
     while first_channel < channels:
         block_channels = min(channels - first_channel, depth_channels)
@@ -442,5 +440,5 @@ while task < stop:
                 panel += 1
             tile += 1
         first_channel += depth_channels
-    task += 1
+    task += last_part - first_part
 """

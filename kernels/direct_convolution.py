@@ -30,6 +30,7 @@ from graphopt.kernels.registry import (
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
+    PARTS,
     VECTORS_PER_CYCLE,
     VOCABULARY,
     WORTH_SHARING,
@@ -82,14 +83,14 @@ class DirectCandidate(Candidate):
     def _arguments(self) -> tuple[Arguments, Epilogue]:
         image, block = self.image, Arguments()
         panels = math.ceil(image.pixels / (self.tile.width * LANES))
+        parts = min(self._tiles, PARTS)
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Packed(0), "y": Output(0),
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
-            "pixels": image.pixels, "tiles": self._tiles, "panels": panels,
-            "tasks": image.batch * image.groups * panels,
+            "pixels": image.pixels, "tiles": self._tiles, "panels": panels, "parts": parts,
+            "tasks": image.batch * image.groups * panels * parts,
         }  # fmt: skip
-        for key, argument in values.items():
-            block.add(key, argument)
+        block.add_all(values)
         return block, image_epilogue(self.problem, image, block)
 
 
@@ -147,13 +148,17 @@ _BODY = """
 c_row = 4 * pixels
 <share>
 while task < stop:
-    number = task // panels
+    first_part = task % parts
+    last_part = min(parts, first_part + stop - task)
+    number = task // parts // panels
     image = number // groups
     group = number - image * groups
-    start = min((task - number * panels) * WIDTH * LANES, pixels - WIDTH * LANES)
-    a = weight + 4 * group * tiles * channels * HEIGHT
-    tile = 0
-    while tile < tiles:
+    panel = task // parts - number * panels
+    start = min(panel * WIDTH * LANES, pixels - WIDTH * LANES)
+    tile = first_part * tiles // parts
+    last_tile = last_part * tiles // parts
+    a = weight + 4 * (group * tiles + tile) * channels * HEIGHT
+    while tile < last_tile:
         <zero>
         place = x + number * channels * c_row + 4 * start
         step = 0
@@ -168,5 +173,5 @@ while task < stop:
         <starts>
         <finish>
         tile += 1
-    task += 1
+    task += last_part - first_part
 """

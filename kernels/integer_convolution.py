@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ from graphopt.kernels.registry import (
 )
 from graphopt.kernels.requantization import Requantization, pack_numbers
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import CYCLES_PER_SECOND, WORTH_SHARING, TileShape, fill
+from graphopt.kernels.tile import CYCLES_PER_SECOND, PARTS, WORTH_SHARING, TileShape, fill
 
 VOCABULARY = ("simd", "words")
 TILE = TileShape(4, 4) if LANES == 16 else TileShape(4, 2)
@@ -173,16 +173,12 @@ def requantization(problem: IntegerConvolutionProblem) -> Requantization:
 
 
 @dataclass(frozen=True)
-class _Blocking:
-    """A task is one block of pixels by one block of tiles of one group of one image."""
-
-    pixel_blocks: int
-    channel_blocks: int
-
-
-@dataclass(frozen=True)
 class IntegerConvolutionCandidate(Candidate):
-    """A shape of register tile."""
+    """A shape of register tile.
+
+    A task is one block of pixels by one of the parts of the tiles of one group of one image; a
+    thread copies the panels of a block once for all parts that are its share.
+    """
 
     problem: IntegerConvolutionProblem
     image: IntegerImage
@@ -209,12 +205,12 @@ class IntegerConvolutionCandidate(Candidate):
 
     def scratch_bytes(self, threads: int) -> int:
         team = self._team(threads)
-        return team * self._thread_scratch(_blocking(self.image, self.tile, team))
+        return team * self._thread_scratch(_pixel_blocks(self.image, self.tile, team))
 
-    def _thread_scratch(self, blocking: _Blocking) -> int:
+    def _thread_scratch(self, pixel_blocks: int) -> int:
         if self.image.is_direct:
             return 0
-        vectors = math.ceil(self.image.vectors / blocking.pixel_blocks)
+        vectors = math.ceil(self.image.vectors / pixel_blocks)
         return math.ceil(vectors / self.tile.width) * _panel_bytes(self.image, self.tile)
 
     def _team(self, threads: int) -> int:
@@ -223,22 +219,23 @@ class IntegerConvolutionCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         team = self._team(threads)
         finish = requantization(self.problem)
-        block = self._arguments(_blocking(self.image, self.tile, team))
+        block = self._arguments(_pixel_blocks(self.image, self.tile, team))
         text = kernel_text(block, _lines(self.tile, finish), VOCABULARY)
         entry = source.build(f"integer_convolution_{self.tile}{finish.name}", text)
         return (Step(entry, tuple(block.values), team > 1, block.tasks),)
 
-    def _arguments(self, blocking: _Blocking) -> Arguments:
+    def _arguments(self, pixel_blocks: int) -> Arguments:
         image, tile, block = self.image, self.tile, Arguments()
         x, y = self.problem.inputs[0], self.problem.outputs[0]
         direct, floating = image.is_direct, y.dtype == "float32"
         plane, panel = GROUP * x.memory[2], _panel_bytes(image, tile)
+        parts = min(self._tiles, PARTS)
         vector = 4 * LANES
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Packed(0), "finish": Packed(1), "numbers": Packed(2),
             "y": Output(0), "residual": Input(5) if self.problem.has_residual else 0,
             "scratch": Scratch() if not direct else 0,
-            "thread_scratch": self._thread_scratch(blocking),
+            "thread_scratch": self._thread_scratch(pixel_blocks),
             "direct": int(direct), "b_step": plane if direct else vector * tile.width,
             "b_panel": vector * tile.width if direct else panel,
             "groups": image.groups, "words": image.words, "outputs": image.outputs,
@@ -251,9 +248,8 @@ class IntegerConvolutionCandidate(Candidate):
             "stride_height": image.stride[0], "stride_width": image.stride[1],
             "dilation_height": image.dilation[0], "dilation_width": image.dilation[1],
             "top": image.start[0], "left": image.start[1],
-            "tiles": self._tiles,
-            "pixel_blocks": blocking.pixel_blocks, "channel_blocks": blocking.channel_blocks,
-            "tasks": image.batch * image.groups * blocking.pixel_blocks * blocking.channel_blocks,
+            "tiles": self._tiles, "parts": parts, "pixel_blocks": pixel_blocks,
+            "tasks": image.batch * image.groups * pixel_blocks * parts,
         }  # fmt: skip
         block.add_all(values)
         return block
@@ -265,7 +261,7 @@ def candidates(problem: IntegerConvolutionProblem) -> list[Candidate]:
     image = integer_image(problem)
     if image is None:
         return []
-    seconds = _cycles(image, TILE, _blocking(image, TILE, 1), 1) / CYCLES_PER_SECOND
+    seconds = _cycles(image, TILE, _pixel_blocks(image, TILE, 1), 1) / CYCLES_PER_SECOND
     name = f"integer convolution {TILE}"
     return [IntegerConvolutionCandidate(name, problem, seconds, image, TILE)]
 
@@ -275,32 +271,25 @@ def _panel_bytes(image: IntegerImage, tile: TileShape) -> int:
 
 
 @functools.cache
-def _blocking(image: IntegerImage, tile: TileShape, threads: int) -> _Blocking:
-    """The cut with the shortest time for the thread that has most to do."""
-    cuts = _cuts(image, tile, threads)
-    return min(cuts, key=lambda cut: _cycles(image, tile, cut, threads))
-
-
-def _cuts(image: IntegerImage, tile: TileShape, threads: int) -> Iterator[_Blocking]:
+def _pixel_blocks(image: IntegerImage, tile: TileShape, threads: int) -> int:
+    """The number with the shortest time for the thread that has most to do."""
     panels = math.ceil(image.vectors / tile.width)
-    tiles = math.ceil(image.outputs / tile.height)
-    fitting = max(_PANEL_BYTES // _panel_bytes(image, tile), 1)
-    least = math.ceil(panels / fitting)
-    for pixel_blocks in {least, math.ceil(least / threads) * threads, panels}:
-        for channel_blocks in range(1, min(threads, tiles) + 1):
-            yield _Blocking(min(pixel_blocks, panels), channel_blocks)
+    least = math.ceil(panels / max(_PANEL_BYTES // _panel_bytes(image, tile), 1))
+    numbers = {least, min(math.ceil(least / threads) * threads, panels), panels}
+    return min(numbers, key=lambda number: _cycles(image, tile, number, threads))
 
 
-def _cycles(image: IntegerImage, tile: TileShape, cut: _Blocking, threads: int) -> float:
+def _cycles(image: IntegerImage, tile: TileShape, pixel_blocks: int, threads: int) -> float:
     """Cycles of the thread that has most to do, roughly."""
-    tasks = image.batch * image.groups * cut.pixel_blocks * cut.channel_blocks
-    vectors = math.ceil(image.vectors / cut.pixel_blocks)
-    tiles = math.ceil(math.ceil(image.outputs / tile.height) / cut.channel_blocks)
+    vectors = math.ceil(image.vectors / pixel_blocks)
+    tiles = math.ceil(image.outputs / tile.height)
+    parts = min(tiles, PARTS)
+    tasks = math.ceil(image.batch * image.groups * pixel_blocks * parts / threads)
     whole, rest = divmod(vectors, tile.width)
-    copy = 0.0
+    copy = 100.0
     if not image.is_direct:
         pieces = vectors * (1 + min(LANES, image.pixels) / image.out_size[1])
-        copy = pieces * image.taps * (8 + 2 * image.words)
+        copy += pieces * image.taps * (8 + 2 * image.words)
     panel = _panel_bytes(image, tile)
     # A panel that does not stay in the first cache is read at half a line per cycle.
     load = 1.0 if panel <= _FIRST_CACHE else 2.0
@@ -310,7 +299,7 @@ def _cycles(image: IntegerImage, tile: TileShape, cut: _Blocking, threads: int) 
     finish = tiles * (6 * tile.height * vectors + 12 * (whole + rest))
     # Weights that come from the second cache once for every block of pixels.
     weights = tiles * tile.height * 4 * image.depth / 32
-    return math.ceil(tasks / threads) * (copy + product + finish + weights + 100)
+    return math.ceil(tasks / parts) * copy + tasks / parts * (product + finish + weights)
 
 
 def _lines(tile: TileShape, finish: Requantization) -> list[str]:
@@ -390,16 +379,16 @@ _BODY = """
 own_scratch = scratch + thread * thread_scratch
 <share>
 while task < stop:
-    rest = task // pixel_blocks
-    pixel_block = task - rest * pixel_blocks
-    number = rest // channel_blocks
-    channel_block = rest - number * channel_blocks
+    first_part = task % parts
+    last_part = min(parts, first_part + stop - task)
+    number = task // parts // pixel_blocks
+    pixel_block = task // parts - number * pixel_blocks
     image = number // groups
     group = number - image * groups
     first_vector = pixel_block * vectors // pixel_blocks
     last_vector = (pixel_block + 1) * vectors // pixel_blocks
-    first_tile = channel_block * tiles // channel_blocks
-    last_tile = (channel_block + 1) * tiles // channel_blocks
+    first_tile = first_part * tiles // parts
+    last_tile = last_part * tiles // parts
     origin = x + image * image_bytes + group * words * plane
     start = origin + 4 * LANES * first_vector
     if direct == 0:
@@ -433,5 +422,5 @@ while task < stop:
                 b += 4 * LANES
                 vector += 1
         tile += 1
-    task += 1
+    task += last_part - first_part
 """

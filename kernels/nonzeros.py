@@ -26,7 +26,7 @@ import numpy as np
 from graphopt.kernels.loops import indent
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import VECTORS_PER_CYCLE, fill
+from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
 
 VECTOR_BYTES = 4 * LANES
@@ -44,8 +44,6 @@ _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
 _FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
-_PARTS = 16
-"""Parts of a weight, so that few panels are shared evenly; the same for every batch."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
 _WORTH_SHARING_COLUMNS = 1.2
@@ -124,7 +122,7 @@ class Schedule:
 
     def parts(self, outputs: int) -> int:
         """Parts of the weight that a panel may be multiplied by separately."""
-        return max(min(self.row_groups(outputs) // _LEAST_PART, _PARTS), 1)
+        return max(min(self.row_groups(outputs) // _LEAST_PART, PARTS), 1)
 
 
 def schedules(

@@ -33,6 +33,9 @@ WORTH_SHARING = 4e-6
 DEPTH = 384
 """Steps of depth after which panels are renewed, so that they stay in the second cache."""
 
+PARTS = 16
+"""Parts of the output channels of which threads get shares, the same for every team."""
+
 _AHEAD = 8192
 """Bytes of ``a`` that are fetched in advance: its order in memory crosses pages too often for the
 CPU to do so, and weights come from the main memory once per inference.

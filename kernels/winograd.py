@@ -59,13 +59,15 @@ WEIGHT_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0
 
 @dataclass(frozen=True)
 class _Cut:
-    """How the work is cut into tasks: blocks of rows of tiles by blocks of output channels."""
+    """How the work is cut into tasks: blocks of rows of tiles by chunks of output channels.
+
+    A thread transforms the pixels of a block once for all chunks that are its share.
+    """
 
     rows: int
     across: int
     row_blocks: int
     chunks: int
-    channel_blocks: int
 
     @property
     def pitch(self) -> int:
@@ -116,9 +118,8 @@ class WinogradCandidate(FilteringCandidate):
             "out_height": image.out_size[0], "out_width": image.out_size[1],
             "top": image.start[0], "left": image.start[1],
             "rows_of_tiles": cut.rows, "across": cut.across, "pitch": cut.pitch,
-            "row_blocks": cut.row_blocks, "channel_blocks": cut.channel_blocks,
-            "tiles": _tiles(image), "chunks": cut.chunks,
-            "tasks": image.batch * image.groups * cut.row_blocks * cut.channel_blocks,
+            "row_blocks": cut.row_blocks, "tiles": _tiles(image), "chunks": cut.chunks,
+            "tasks": image.batch * image.groups * cut.row_blocks * cut.chunks,
         }  # fmt: skip
         block.add_all(values)
         return block, image_epilogue(self.problem, image, block)
@@ -176,23 +177,23 @@ def _depth(image: Image) -> int:
 @functools.cache
 def _cut(image: Image, threads: int) -> _Cut:
     """The cut with the shortest time for the thread that has most to do."""
-    return min(_cuts(image, threads), key=lambda cut: _cycles(image, cut, threads))
+    return min(_cuts(image), key=lambda cut: _cycles(image, cut, threads))
 
 
-def _cuts(image: Image, threads: int) -> Iterator[_Cut]:
+def _cuts(image: Image) -> Iterator[_Cut]:
     rows, across = (math.ceil(size / 2) for size in image.out_size)
     chunks = math.ceil(_tiles(image) / _CHUNK)
     for row_blocks in range(1, rows + 1):
-        for channel_blocks in range(1, min(threads, chunks) + 1):
-            yield _Cut(rows, across, row_blocks, chunks, channel_blocks)
+        yield _Cut(rows, across, row_blocks, chunks)
 
 
 def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     """Cycles of the thread that has most to do, roughly."""
-    tasks = image.batch * image.groups * cut.row_blocks * cut.channel_blocks
+    blocks = image.batch * image.groups * cut.row_blocks
+    tasks = math.ceil(blocks * cut.chunks / threads)
     rows = math.ceil(cut.rows / cut.row_blocks)
     row_vectors = rows * math.ceil(cut.across / LANES)
-    tiles = math.ceil(_tiles(image) / cut.channel_blocks)
+    tiles = _tiles(image)
     vectors = cut.pitch // LANES
     panels = math.ceil(vectors / _TILE.width)
     per_step = max(_TILE.height * vectors / VECTORS_PER_CYCLE, (panels * 4 + vectors))
@@ -201,8 +202,9 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     # Every block of pixels reads all weights, mostly from the third cache.
     per_step = max(per_step, _TILE.height / 2)
     product = _POSITIONS * tiles * (image.channels * per_step + 4 * _TILE.height * vectors)
-    turning = row_vectors * (60 * image.channels + 50 * tiles * _TILE.height) / VECTORS_PER_CYCLE
-    return math.ceil(tasks / threads) * (product + turning + 500)
+    pixels = row_vectors * 60 * image.channels / VECTORS_PER_CYCLE + 500
+    products = row_vectors * 50 * tiles * _TILE.height / VECTORS_PER_CYCLE
+    return math.ceil(tasks / cut.chunks) * pixels + tasks / cut.chunks * (product + products)
 
 
 def _mask_lines(x: int) -> list[str]:
@@ -259,10 +261,10 @@ vectors = pitch // LANES
 panels = (vectors + WIDTH - 1) // WIDTH
 <share>
 while task < stop:
-    rest = task // channel_blocks
-    channel_block = task - rest * channel_blocks
-    number = rest // row_blocks
-    row_block = rest - number * row_blocks
+    first_chunk = task % chunks
+    last_chunk = min(chunks, first_chunk + stop - task)
+    number = task // chunks // row_blocks
+    row_block = task // chunks - number * row_blocks
     image = number // groups
     group = number - image * groups
     first_row = row_block * rows_of_tiles // row_blocks
@@ -286,8 +288,8 @@ while task < stop:
                 row += 1
             channel += 1
         column -= LANES
-    first_tile = channel_block * chunks // channel_blocks * CHUNK
-    last_tile = min((channel_block + 1) * chunks // channel_blocks * CHUNK, tiles)
+    first_tile = first_chunk * CHUNK
+    last_tile = min(last_chunk * CHUNK, tiles)
     while first_tile < last_tile:
         chunk_tiles = min(last_tile - first_tile, CHUNK)
         a = weight + 64 * HEIGHT * channels * (group * tiles + first_tile)
@@ -331,5 +333,5 @@ while task < stop:
                 row += 1
             inner += 1
         first_tile += CHUNK
-    task += 1
+    task += last_chunk - first_chunk
 """
