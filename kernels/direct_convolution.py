@@ -25,6 +25,7 @@ from graphopt.kernels.registry import (
     Packed,
     Step,
     aligned_empty,
+    like_output,
     register,
 )
 from graphopt.kernels.simd import LANES
@@ -72,6 +73,12 @@ class DirectCandidate(Candidate):
         packed = aligned_empty((image.groups, self._tiles, image.channels, height), np.float32)
         packed[...] = rows.reshape(image.groups, self._tiles, height, -1).swapaxes(2, 3)
         return [packed]
+
+    def overwrites(self) -> tuple[int, ...]:
+        # Where the last panel overlaps the one before, some pixels are computed twice.
+        if self.image.pixels % (self.tile.width * LANES):
+            return ()
+        return like_output(self.problem, range(2, len(self.problem.inputs)))
 
     def build(self, threads: int) -> tuple[Step, ...]:
         block, epilogue = self._arguments()

@@ -123,9 +123,27 @@ class Candidate(ABC):
         """Bytes of memory that the steps need beside their operands, for a team of ``threads``."""
         return 0
 
+    def overwrites(self) -> tuple[int, ...]:
+        """Inputs of which one, at most, may lie where the first output does.
+
+        The kernel reads each of their elements before it writes the element of the output that
+        takes its place, and never again; they have the output's shape, dtype and layout.
+        """
+        return ()
+
     @abstractmethod
     def build(self, threads: int) -> tuple[Step, ...]:
         """The steps for a team of ``threads``, compiled."""
+
+
+def like_output(problem: Problem, inputs: range) -> tuple[int, ...]:
+    """Those of ``inputs`` (by index) whose elements lie as those of the first output."""
+    y = problem.outputs[0]
+    return tuple(
+        index
+        for index in inputs
+        if (problem.inputs[index].shape, problem.inputs[index].layout) == (y.shape, y.layout)
+    )
 
 
 P = TypeVar("P", bound=Problem)

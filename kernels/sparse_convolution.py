@@ -40,6 +40,7 @@ from graphopt.kernels.registry import (
     Packed,
     Scratch,
     Step,
+    like_output,
     register,
 )
 from graphopt.kernels.simd import LANES
@@ -93,6 +94,9 @@ class SparseConvolutionCandidate(Candidate):
         ]
         matrices = [block.reshape(image.outputs, -1) for block in blocks]
         return pack_streams(matrices, self.schedule, self._parts)
+
+    def overwrites(self) -> tuple[int, ...]:
+        return like_output(self.problem, range(2, len(self.problem.inputs)))
 
     def scratch_bytes(self, threads: int) -> int:
         return (threads if self._parallel(threads) else 1) * self._thread_scratch

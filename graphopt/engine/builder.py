@@ -77,6 +77,7 @@ class ProgramBuilder:
         scratch_bytes: int = 0,
         label: str,
         estimate: float,
+        overwrites: Sequence[int] = (),
     ) -> None:
         """Run a kernel's steps.
 
@@ -89,6 +90,7 @@ class ProgramBuilder:
             scratch_bytes: of `Candidate.scratch_bytes(threads)`.
             label: for profiles and reports.
             estimate: seconds on one thread.
+            overwrites: of `Candidate.overwrites()`.
 
         A kernel whose outputs all are empty is left out.
         """
@@ -103,6 +105,7 @@ class ProgramBuilder:
                     scratch_bytes,
                     label,
                     estimate,
+                    tuple(overwrites),
                 )
             )
 

@@ -302,6 +302,7 @@ class _Writer:
             scratch_bytes=chosen.scratch_bytes(self.threads),
             label=chosen.kernel,
             estimate=chosen.estimate,
+            overwrites=chosen.overwrites(),
         )
         self.steps.append(PlanStep(chosen.kernel, work.nodes, False))
 

@@ -41,6 +41,7 @@ class Kernel:
     scratch_bytes: int
     label: str
     estimate: float
+    overwrites: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ class Storage:
             touches = self._touches(root) + ([end] if root in returned else [])
             size = self._buffers[root].spec.nbytes
             lifetimes[root] = Lifetime(size, min(touches), max(touches))
+        hosts = self._share(lifetimes)
         scratch = {
             number: Lifetime(operation.scratch_bytes, number, number)
             for number, operation in enumerate(self._operations)
@@ -229,8 +231,31 @@ class Storage:
         }
         plan = plan_memory([*lifetimes.values(), *scratch.values()])
         offsets = dict(zip(lifetimes, plan.offsets, strict=False))
+        offsets |= {root: offsets[host] for root, host in hosts.items()}
         in_scratch = dict(zip(scratch, plan.offsets[len(lifetimes) :], strict=True))
         return plan, offsets, in_scratch
+
+    def _share(self, lifetimes: dict[Key, Lifetime]) -> dict[Key, Key]:
+        """Roots that take the place of another, and that other, which lives for both.
+
+        An output takes the place of an input that its kernel may overwrite and nothing needs
+        afterwards: less memory passes through the caches.
+        """
+        hosts: dict[Key, Key] = {}
+        for number, operation in enumerate(self._operations):
+            for index in operation.overwrites if isinstance(operation, Kernel) else ():
+                root, output = operation.inputs[index], operation.outputs[0]
+                host = hosts.get(root, root)
+                reads = [self._buffers[key].root for key in operation.inputs]
+                if host not in lifetimes or output not in lifetimes or reads.count(root) != 1:
+                    continue
+                old, new = lifetimes[host], lifetimes[output]
+                if old.last == new.first == number and old.size == new.size:
+                    hosts[output] = host
+                    del lifetimes[output]
+                    lifetimes[host] = Lifetime(old.size, old.first, new.last)
+                    break
+        return hosts
 
     def _arena_offset(self, key: Key) -> int:
         buffer = self._buffers[key]

@@ -227,6 +227,48 @@ def test_returned_parts_of_a_buffer_outlive_later_steps() -> None:
     assert torch.equal(last, 2 * x + 4)
 
 
+def sums(*, kept: str = "", twice: bool = False, overwrites: tuple[int, ...] = (1,)) -> Program:
+    """a = 2 x, b = x + 1, c = a + b, d = a + c, e = 2 d; ``kept`` is a result beside e."""
+    count = 1000
+    builder = double((count,))
+    for key in "bcde":
+        builder.add_buffer(key, (count,), FLOAT)
+    builder.add_kernel(affine(count), ["x"], ["b"], label="b", estimate=1.0)
+    pairs = (("y", "b", "c"), ("c" if twice else "y", "c", "d"))
+    for left, right, target in pairs:
+        builder.add_kernel(
+            add(count), [left, right], [target], label=target, estimate=1.0, overwrites=overwrites
+        )
+    builder.add_kernel(affine(count, 2.0, 0.0), ["d"], ["e"], label="e", estimate=1.0)
+    for key in ("e", *kept):
+        builder.add_output(key)
+    return builder.build(2)
+
+
+def test_outputs_take_the_place_of_inputs() -> None:
+    x = torch.arange(1000.0)
+    apart, together = sums(overwrites=()), sums()
+    assert apart.arena_lower_bound == 3 * 4096
+    assert together.arena_lower_bound == together.arena_bytes == 2 * 4096
+    for program in (apart, together, sums(overwrites=(0, 1))):
+        assert torch.equal(program(x)[0], 2 * (2 * x + 3 * x + 1))
+
+
+def test_what_is_needed_afterwards_is_not_overwritten() -> None:
+    x = torch.arange(1000.0)
+    b, c = x + 1, 3 * x + 1
+    e, kept = sums(kept="b")(x)
+    assert torch.equal(e, 2 * (2 * x + c))
+    assert torch.equal(kept, b)
+    e, kept = sums(kept="c")(x)
+    assert torch.equal(e, 2 * (2 * x + c))
+    assert torch.equal(kept, c)
+    # y is read again for d, and c is both operands of d.
+    assert sums(overwrites=(0,)).arena_bytes == 3 * 4096
+    assert torch.equal(sums(overwrites=(0,))(x)[0], 2 * (2 * x + c))
+    assert torch.equal(sums(twice=True)(x)[0], 4 * c)
+
+
 def double(shape: tuple[int, ...] = (6,)) -> ProgramBuilder:
     """y = 2 x."""
     builder = ProgramBuilder()

@@ -131,3 +131,28 @@ class Convolution:
         magnitude = self.convolve(np.abs(x), np.abs(weight))
         problem = self.problem(expected.shape, zeros=zero_pattern(weight))
         check(problem, [x, weight], expected, magnitude)
+
+
+def check_overwriting(
+    case: Convolution, kind: type[Candidate], density: float = 1.0, rows: int = 1
+) -> None:
+    """A convolution's result is the same where it takes the place of what is added to it."""
+    x, weight = numbers(case.x), pruned(case.weight, density, rows)
+    y = case.convolve(x, weight)
+    residual, bias = numbers(y.shape, 2), numbers(y.shape[1:2], 3)
+    problem = case.problem(
+        y.shape,
+        chain(("add", "e0"), ("add", "e1"), ("relu",), extras=2),
+        [Operand.plain("float32", bias.shape), Operand.plain("float32", residual.shape)],
+        zero_pattern(weight),
+    )
+    found = [one for one in candidates(problem) if isinstance(one, kind)]
+    overwriting = [one for one in found if one.overwrites()]
+    assert overwriting
+    for candidate in overwriting:
+        assert candidate.overwrites() == (3,)
+        inputs = [x, weight, bias, residual]
+        for threads, at_end, offset in SETTINGS:
+            (apart,) = execute(candidate, inputs, threads, at_end, offset)
+            (over,) = execute(candidate, inputs, threads, at_end, offset, overwritten=3)
+            np.testing.assert_array_equal(over, apart)

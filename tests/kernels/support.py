@@ -93,11 +93,13 @@ def execute(
     threads: int = 1,
     at_end: bool = True,
     offset: int = 0,
+    overwritten: int | None = None,
 ) -> list[np.ndarray]:
     """The outputs of a candidate, run for each thread of the team in turn.
 
     Every operand lies between guard pages; bytes of an output that its layout does not use, and
-    the inputs, must stay as they were.
+    the inputs, must stay as they were, but for the input ``overwritten``, where the first output
+    is to lie.
     """
     problem = candidate.problem
     sources = [
@@ -108,6 +110,11 @@ def execute(
     targets = [GuardedBuffer(operand.bytes, at_end, offset) for operand in problem.outputs]
     for buffer in targets:
         buffer.bytes[...] = 0xA5
+    if overwritten is not None:
+        assert overwritten in candidate.overwrites()
+        targets[0] = sources.pop(overwritten)
+        sources.insert(overwritten, targets[0])
+        before[overwritten] = targets[0].bytes
     constants = [
         np.ascontiguousarray(array) if isinstance(operand, ConstantOperand) else None
         for operand, array in zip(problem.inputs, inputs, strict=True)

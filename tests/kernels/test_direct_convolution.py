@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import Convolution, check, numbers
+from layers import Convolution, chain, check, check_overwriting, numbers
 from support import execute
 from test_convolution import EPILOGUES
 
@@ -39,6 +39,15 @@ def test_any_size(
     size = data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
     x = (batch, groups * channels, *size)
     Convolution(x, groups * outputs, (1, 1), groups=groups).check()
+
+
+def test_a_residual_that_is_overwritten() -> None:
+    # Whole panels of every tile; where the last one overlaps another, nothing may be overwritten.
+    check_overwriting(Convolution((2, 5, 1, 84 * LANES), 13, (1, 1)), DirectCandidate)
+    case = Convolution((1, 5, 1, 84 * LANES + 1), 13, (1, 1))
+    y = Operand.plain("float32", (1, 13, *case.x[2:]))
+    for one in candidates(case.problem(y.shape, chain(("add", "e0"), extras=1), [y])):
+        assert not one.overwrites(), one.kernel
 
 
 @pytest.mark.parametrize("name", EPILOGUES)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import SETTINGS, Convolution, chain, check, numbers, pruned
+from layers import SETTINGS, Convolution, chain, check, check_overwriting, numbers, pruned
 from support import execute
 from test_convolution import CASES as DENSE_CASES
 from test_convolution import EPILOGUES, SAME, cases
@@ -83,6 +83,12 @@ def test_tails(name: str, rows: int) -> None:
         magnitude,
         found=[blocked, found[-1]],
     )
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("x", [(2, 300, 7, 7), (1, 40, 9, 13)])
+def test_a_residual_that_is_overwritten(x: tuple[int, ...], rows: int) -> None:
+    check_overwriting(Convolution(x, 21, (1, 1)), SparseConvolutionCandidate, 0.2, rows)
 
 
 def test_pixels_of_two_rows_are_no_tail() -> None:
