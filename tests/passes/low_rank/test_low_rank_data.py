@@ -350,6 +350,7 @@ def test_a_layer_with_batch_norm_gets_the_analytic_optimum_of_its_inputs(layer):
     covariance, shrunk as far as four images ask for: the error that the pass reports, and that of
     the chain it puts in place."""
     torch.manual_seed(0)
+    layer.reset_parameters()  # what it was made with is another one in every process
     norm = nn.BatchNorm2d(8)
     for tensor in (norm.running_mean, norm.bias, norm.running_var, norm.weight):
         nn.init.uniform_(tensor, 0.5, 2)
