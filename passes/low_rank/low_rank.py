@@ -27,6 +27,7 @@ from graphopt.passes.low_rank.merging import merge_neighbours
 from graphopt.passes.low_rank.methods import AUTOMATIC, METHODS, PRODUCTS
 from graphopt.passes.low_rank.replacement import replace_layer
 from graphopt.passes.low_rank.selection import Budget, Limit, Selection, layer_by_layer
+from graphopt.passes.low_rank.speedup import meet_speedup, speedup_remark
 from graphopt.passes.low_rank.subjects import Subject, subject_of
 from graphopt.pipeline import Context, register_pass
 
@@ -59,7 +60,8 @@ class LowRank:
             the layer's output) that is kept.
         macs: the share of the network's multiply-adds that may be left.
         parameters: the share of its parameters that may be left.
-        speedup: how many times faster the network is to be, in measured time.
+        speedup: how many times faster the network is to be, in measured time. It is measured
+            again with the chains, and the budget corrected; the report tells what is reached.
         data: calibration data, see `graphopt.calibration.CalibrationData`. With it the error of
             the layers' outputs is kept small instead of that of their weights. Of fewer images
             less is believed: with few of them, layers that see a single vector per image are
@@ -167,6 +169,8 @@ class LowRank:
                     f"{_ranks(candidate)} takes {1e3 * times[1]:.3g} ms, the layer "
                     f"{1e3 * times[0]:.3g} ms"
                 )
+        if rows and selection.network is not None and self.speedup is not None:
+            remarks.append(speedup_remark(selection.network, self.speedup))
         merged = merge_neighbours(graph) if rows else 0
         if merged:
             remarks.append(f"{merged} of the new layers were merged with a neighbour")
@@ -249,19 +253,26 @@ class LowRank:
         self, graph: Graph, layers: list[Candidates], gate: Gate | None, ctx: Context
     ) -> Selection:
         limits = []
+        subjects = [one.subject for one in layers]
         if self.macs is not None:
             total = sum(count_flops(node) for node in graph.nodes) // 2
-            limits.append(Limit("macs", total, self.macs * total))
+            own = [subject.macs() for subject in subjects]
+            limits.append(Limit("macs", total, self.macs * total, own))
         if self.parameters is not None:
             total = sum(math.prod(value.shape) for value in graph.constants if value.trainable)
-            limits.append(Limit("parameters", total, self.parameters * total))
+            own = [subject.parameters() for subject in subjects]
+            limits.append(Limit("parameters", total, self.parameters * total, own))
         if self.speedup is not None:
-            seconds = ctx.target.time(graph)
-            limits.append(Limit("time", seconds, seconds / self.speedup))
+            assert gate is not None
+            seconds, times = gate.parts(graph, subjects)
+            limits.append(Limit("time", seconds, seconds / self.speedup, times))
         only_size = self.macs is None and self.speedup is None
         priced = "parameters" if only_size else "macs"
         options = [one.ladder(self._methods, priced) for one in ctx.track(layers, "ranks")]
-        return Budget(layers, options, limits, gate).solve(ctx)
+        budget = Budget(layers, options, limits, gate)
+        if self.speedup is None or gate is None:
+            return budget.solve(ctx)
+        return meet_speedup(budget, graph, layers, self.speedup, gate, ctx)
 
     def _apply(
         self,

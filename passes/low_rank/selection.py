@@ -34,11 +34,13 @@ class Selection:
         chosen: per layer, in order; None for a layer that stays.
         times: seconds of layer and chain, for chosen ones where they were measured.
         refused: per layer, chains that are not faster, with both times.
+        network: seconds of the network as it is and with the chains, where a speedup is asked for.
     """
 
     chosen: list[Candidate | None]
     times: dict[int, tuple[float, float]] = field(default_factory=dict)
     refused: dict[int, tuple[Candidate, tuple[float, float]]] = field(default_factory=dict)
+    network: tuple[float, float] | None = None
 
 
 def layer_by_layer(
@@ -79,11 +81,13 @@ class Limit:
         cost: what is bounded.
         total: what the whole network costs now: multiply-adds, parameters, or seconds.
         allowed: what it may cost.
+        own: what each of the layers costs now.
     """
 
     cost: Cost
     total: float
     allowed: float
+    own: Sequence[float]
 
 
 class Budget:
@@ -105,13 +109,10 @@ class Budget:
     ) -> None:
         self._layers, self._limits, self._gate = layers, limits, gate
         self._options: list[list[Candidate]] = [list(some) for some in options]
-        self._own = [[self._cost_of_layer(limit.cost, one) for one in layers] for limit in limits]
-        self._rooms = [
-            limit.allowed - (limit.total - sum(own))
-            for limit, own in zip(limits, self._own, strict=True)
-        ]
+        self._rooms = [limit.allowed - (limit.total - sum(limit.own)) for limit in limits]
         self._overhead: dict[tuple[int, str], float] = {}
         self._measured: dict[tuple[int, Candidate], tuple[float, float]] = {}
+        self._refused: dict[int, tuple[Candidate, tuple[float, float]]] = {}
 
     def solve(self, ctx: Context) -> Selection:
         """Choose until everything that is chosen was measured and is faster than its layer.
@@ -119,7 +120,6 @@ class Budget:
         Raises:
             PassError: the budget cannot be met.
         """
-        selection = Selection([None] * len(self._layers))
         is_timed = any(limit.cost == "time" for limit in self._limits)
         rounds = 0
         while True:
@@ -130,16 +130,33 @@ class Budget:
                 if candidate is not None and (place, candidate) not in self._measured
             ]
             if self._gate is None or not fresh:
-                selection.chosen = chosen
-                for place, candidate in enumerate(chosen):
-                    if candidate is not None and self._gate is not None:
-                        selection.times[place] = self._measured[place, candidate]
-                return selection
+                times = {
+                    place: self._measured[place, candidate]
+                    for place, candidate in enumerate(chosen)
+                    if candidate is not None and self._gate is not None
+                }
+                return Selection(chosen, times, dict(self._refused))
             for place, candidate in ctx.track(fresh, "times"):
-                self._measure(place, candidate, selection)
+                self._measure(place, candidate)
             rounds += 1
 
-    def _measure(self, place: int, candidate: Candidate, selection: Selection) -> None:
+    def total(self, cost: Cost) -> float:
+        """What the whole network costs now."""
+        return self._limits[self._number(cost)].total
+
+    def set_room(self, cost: Cost, room: float) -> None:
+        """Allow the layers more or less than the limit and the network's other costs say."""
+        self._rooms[self._number(cost)] = room
+
+    def spent(self, cost: Cost, chosen: Sequence[Candidate | None]) -> float:
+        """What the layers cost together with some of the decompositions."""
+        number = self._number(cost)
+        return sum(self._cost_of(number, place, c) for place, c in enumerate(chosen))
+
+    def _number(self, cost: Cost) -> int:
+        return [limit.cost for limit in self._limits].index(cost)
+
+    def _measure(self, place: int, candidate: Candidate) -> None:
         assert self._gate is not None
         before, after = times = self._gate.pair(self._layers[place], candidate)
         self._measured[place, candidate] = times
@@ -147,7 +164,7 @@ class Budget:
         self._overhead[place, candidate.method] = after / before / max(share, 1e-9)
         if not is_faster(times):
             self._options[place].remove(candidate)
-            selection.refused[place] = candidate, times
+            self._refused[place] = candidate, times
 
     def _choose(self, only_measured: bool) -> list[Candidate | None]:
         """The option of every layer, None to leave it.
@@ -202,18 +219,10 @@ class Budget:
             for of_limit, room in zip(costs, self._rooms, strict=True)
         )
 
-    def _cost_of_layer(self, cost: Cost, one: Candidates) -> float:
-        if cost == "macs":
-            return one.subject.macs()
-        if cost == "parameters":
-            return one.subject.parameters()
-        assert self._gate is not None
-        return self._gate.layer(one.subject)
-
     def _cost_of(self, number: int, place: int, candidate: Candidate | None) -> float:
         """Seconds that were not measured are estimated from the multiply-adds, and from how a
         chain of the same kind compared with its own."""
-        cost, own = self._limits[number].cost, self._own[number][place]
+        cost, own = self._limits[number].cost, self._limits[number].own[place]
         if candidate is None:
             return own
         if cost == "macs":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -58,6 +58,13 @@ class Subject:
     @property
     def spatial(self) -> int:
         return len(self.stride)
+
+    def twin(self, graph: Graph) -> Subject:
+        """The layer in a clone of its graph."""
+        node = graph.value(self.node.output.name).producer
+        assert node is not None
+        bias = None if self.bias is None else graph.value(self.bias.name)
+        return replace(self, node=node, weight=graph.value(self.weight.name), bias=bias)
 
     def kernels(self) -> list[Tensor]:
         """Of every group, in float64: [output channels, input channels, *taps]. The entries of
