@@ -87,6 +87,17 @@ def check_hidden(
             np.testing.assert_allclose(y[~seen], expected[~seen], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [50, 3 * 16 + 8, 197])
+@pytest.mark.parametrize("transposed", [(False, True), (True, True)])
+def test_rows_behind_whole_vectors(rows: int, transposed: tuple[bool, bool]) -> None:
+    # As many as a narrower vector holds, where vectors have 16 lanes.
+    shape = (2, 300, rows) if transposed[0] else (1, rows, 300)
+    weight = pruned((70, 300), 0.2)
+    found = sparse_candidates(linear(plain(*shape), weight, transposed))
+    assert LANES != 16 or all(one.schedule.tail for one in found)  # type: ignore[attr-defined]
+    check_linear(plain(*shape), weight, transposed)
+
+
 @pytest.mark.parametrize("rows", [LANES // 2, LANES, 3 * LANES + 1, 7 * LANES, 10 * LANES - 1])
 @pytest.mark.parametrize(("depth", "columns"), [(7, 2), (33, LANES + 1), (300, 70)])
 def test_sizes(rows: int, depth: int, columns: int) -> None:
