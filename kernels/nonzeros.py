@@ -36,7 +36,7 @@ _PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
 """Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
 _WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
 """Vectors of a panel, by rows that share their columns."""
-_TAIL_WIDTHS = {1: (3, 4, 5, 6, 7), 2: (3, 4, 5, 7), 4: (3, 4)}
+_TAIL_WIDTHS = {1: (3, 4, 6), 2: (3, 4), 4: (3, 4)}
 """The same of panels of which the last has a tail."""
 _TAILS = (4, 8) if LANES == 16 else ()
 """Lanes of vectors that cost half of a whole one."""
