@@ -412,9 +412,9 @@ while task < stop:
             if panel < extra_columns:
                 start += filled * LANES
                 pack_taps(
-                    b + depth * b_step, 4, source, plane, block_channels, height, width, out_width,
-                    start + 1, start, 1, kernel_height, kernel_width, stride_height, stride_width,
-                    dilation_height, dilation_width, top, left,
+                    b + depth * b_step, unliteral(4), source, plane, block_channels, height, width,
+                    out_width, start + 1, start, unliteral(1), kernel_height, kernel_width,
+                    stride_height, stride_width, dilation_height, dilation_width, top, left,
                 )
             b += panel_bytes
             panel += 1

@@ -133,9 +133,9 @@ def _mask_lines(image: Image, x: int) -> list[str]:
 
 def _row(image: Image, strip: int, number: int) -> list[str]:
     """Lines that multiply an input row, ``number`` rows below the strip's first."""
-    lines = []
+    lines = [f"place = start + {4 * number} * width"]
     for x in range(image.kernel[1]):
-        place = f"origin + 4 * ((top_row + {number}) * width + first + {x})"
+        place = f"place + {4 * x}"
         if image.stride[1] == 1:
             lines.append(f"value = load_masked({place}, FLOAT32, m{x})")
         else:
@@ -144,7 +144,7 @@ def _row(image: Image, strip: int, number: int) -> list[str]:
             y = number - row * image.stride[0]
             if 0 <= y < image.kernel[0]:
                 lines.append(f"s{row} = fma(value, w{y * image.kernel[1] + x}, s{row})")
-    return [f"if top_row + {number} >= 0 and top_row + {number} < height:", *indent(1, lines)]
+    return [f"if 0 <= top_row + {number} < height:", *indent(1, lines)]
 
 
 _BODY = """
@@ -168,6 +168,7 @@ while task < stop:
         while row < last_row:
             rows = min(last_row - row, STRIP)
             top_row = row * DOWN - top
+            start = origin + 4 * (top_row * width + first)
             <zero>
             <rows>
             c = y + 4 * ((number * out_height + row) * out_width + column)

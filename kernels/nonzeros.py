@@ -6,7 +6,9 @@ M. Dukhan, T. Gale and K. Simonyan, "Fast sparse convnets", 2020). Each non-zero
 multiplication per vector, and a load, since other rows have other columns: so most of the panel
 should stay in the first cache. Where it is too deep, it is cut into blocks of depth, between which
 the sums wait in scratch memory. In each block, rows are sorted by their number of non-zeros, so
-that loops of equal length follow one another and end as the CPU predicts.
+that loops of equal length follow one another and end as the CPU predicts. What `stream` does is
+the innermost part. Where the columns already lie in memory as they would in a panel, as the pixels
+under a 1 x 1 kernel do, and begin on cache lines, they are not copied.
 
 Where neighbouring rows share their columns (blocks of rows were pruned), they are computed together
 and share the loads as well.
@@ -26,10 +28,10 @@ import numpy as np
 from graphopt.kernels.loops import indent
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
+from graphopt.kernels.stream import FOUR, VECTOR_BYTES, tail_shift
 from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
 
-VECTOR_BYTES = 4 * LANES
 _FIRST_CACHE = 26 * 1024
 """Bytes of a panel that stay in the first cache, beside what else passes through it."""
 _PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
@@ -40,12 +42,12 @@ _TAIL_WIDTHS = {1: (3, 4, 6), 2: (3, 4), 4: (3, 4)}
 """The same of panels of which the last has a tail."""
 _TAILS = (4, 8) if LANES == 16 else ()
 """Lanes of vectors that cost half of a whole one."""
-_AHEAD = 2048
-"""Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
-_FOUR = 4
-"""Columns that are multiplied at once: one load brings their weights."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
+_LINE = 64
+"""Bytes of a cache line."""
+_SETS = 64
+"""Sets of the first cache, as most CPUs have it."""
 _WORTH_SHARING_COLUMNS = 1.2
 """How many more products with rows taken together are made up for by fewer loads."""
 
@@ -55,53 +57,62 @@ class Schedule:
     """``rows`` of the weight at once, ``width`` vectors, ``depth`` steps per block.
 
     ``tail`` is the number of lanes of the narrower vector that the last panel has more, or 0.
+    ``pitch`` is 0 where panels are copied; else they are where the columns are, whose rows are so
+    many bytes apart.
     """
 
     rows: int
     width: int
     depth: int
     tail: int = 0
+    pitch: int = 0
 
     def __str__(self) -> str:
         tail = f" and {self.tail} lanes" if self.tail else ""
-        return f"{self.rows}x{self.width}{tail}, depth {self.depth}"
+        place = " in place" if self.pitch else ""
+        return f"{self.rows}x{self.width}{tail}{place}, depth {self.depth}"
 
     @property
-    def step(self) -> int:
+    def row_bytes(self) -> int:
         """Bytes of a row of the panel."""
         return self.width * VECTOR_BYTES
 
     @property
-    def tail_shift(self) -> int:
-        """A row's place in the tail is its place in the panel, shifted right by so many bits.
+    def step(self) -> int:
+        """Bytes from one row of the panel to the next."""
+        return self.pitch or self.row_bytes
 
-        Rows of the tail are whole multiples of it long, so that none lies in two cache lines.
-        """
-        shift = 0
-        while self.step % (8 * self.tail << shift) == 0:
-            shift += 1
-        return shift
+    @property
+    def tail_shift(self) -> int:
+        """A row's place in the tail is its place in the panel, shifted right by so many bits."""
+        return tail_shift(self.width, self.tail)
 
     @property
     def tail_step(self) -> int:
         """Bytes of a row of the tail."""
-        return self.step >> self.tail_shift if self.tail else 0
+        return self.row_bytes >> self.tail_shift if self.tail else 0
 
     @property
     def tail_start(self) -> int:
         """Bytes from the panel to its tail."""
-        return self.depth * self.step
+        return self.depth * self.row_bytes
 
     @property
     def panel_bytes(self) -> int:
+        """Memory that a panel takes."""
         # The last row of the tail is written as a whole vector.
         tail = self.depth * self.tail_step + VECTOR_BYTES if self.tail else 0
         return self.tail_start + math.ceil(tail / VECTOR_BYTES) * VECTOR_BYTES
 
     @property
+    def sums_start(self) -> int:
+        """Where, in a thread's scratch memory, the sums are: behind the panel, if it is there."""
+        return 0 if self.pitch else self.panel_bytes
+
+    @property
     def sums_step(self) -> int:
         """Bytes of the sums of a row of the weight."""
-        return self.step + (VECTOR_BYTES if self.tail else 0)
+        return self.row_bytes + (VECTOR_BYTES if self.tail else 0)
 
     def panels(self, columns: int) -> int:
         """Panels that ``columns`` columns take."""
@@ -126,30 +137,52 @@ class Schedule:
 
 
 def schedules(
-    zeros: ZeroPattern, depth: int, columns: int, unit: int = 1, run: int | None = None
+    zeros: ZeroPattern,
+    depth: int,
+    columns: int,
+    unit: int = 1,
+    run: int | None = None,
+    pitch: int = 0,
 ) -> Iterator[Schedule]:
     """Schedules that may suit the zeros and so many columns.
 
     Blocks of depth are multiples of ``unit``. The last ``run`` columns, or all, are neighbours
-    wherever they are copied from: a tail has no more.
+    wherever they are copied from: a tail has no more. Where columns need not be copied, rows of
+    them are ``pitch`` bytes apart.
     """
     units = depth // unit
-    rest = columns % LANES
-    tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run or columns)), 0)
     for rows in NEIGHBOURS:
         if zeros.density(rows) > _WORTH_SHARING_COLUMNS * zeros.density(1):
             continue
-        vectors = columns // LANES
-        divisors = [
-            width for width in _TAIL_WIDTHS[rows] if tail and vectors and vectors % width == 0
-        ]
-        for width in divisors or _WIDTHS[rows]:
+        widths, tail, stays = _widths(rows, columns, run or columns, pitch)
+        for width in widths:
             blocks = {units}
             for size in _PANEL_BYTES:
                 fitting = max(size // (width * VECTOR_BYTES * unit), 1)
                 blocks.add(math.ceil(units / math.ceil(units / fitting)))
             for block in sorted(blocks):
-                yield Schedule(rows, width, block * unit, tail if divisors else 0)
+                yield Schedule(rows, width, block * unit, tail, stays)
+
+
+def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int], int, int]:
+    """Widths to try, their tail, and the pitch if panels of these widths stay where they are."""
+    vectors, rest = divmod(columns, LANES)
+    whole = [width for width in _WIDTHS[rows] if vectors % width == 0 and _stays(width, pitch)]
+    if whole and not rest:
+        return whole, 0, pitch
+    tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
+    divisors = [width for width in _TAIL_WIDTHS[rows] if tail and vectors and vectors % width == 0]
+    return (divisors, tail, 0) if divisors else (_WIDTHS[rows], 0, 0)
+
+
+def _stays(width: int, pitch: int) -> bool:
+    """Whether a panel of rows so far apart can be read as fast as a copy that is dense.
+
+    Rows start on cache lines, and not always on those of the same few sets of the first cache.
+    """
+    lines, rest = divmod(pitch, _LINE)
+    places = _SETS // math.gcd(lines, _SETS)
+    return pitch > 0 and rest == 0 and places * width * VECTOR_BYTES >= _SETS * _LINE
 
 
 def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: int) -> float:
@@ -211,10 +244,10 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
     groups, columns = np.nonzero(nonzero[order])
     number = np.arange(len(groups)) - (np.cumsum(lengths) - lengths)[groups]
     # Fours hold their columns first, then the values of one row after those of another.
-    four, lane = np.divmod(number, _FOUR)
-    in_four = number < lengths[groups] // _FOUR * _FOUR
-    entries = places[groups] + 1 + np.where(in_four, four * _FOUR, number) * entry
-    step = np.where(in_four, _FOUR, 1)
+    four, lane = np.divmod(number, FOUR)
+    in_four = number < lengths[groups] // FOUR * FOUR
+    entries = places[groups] + 1 + np.where(in_four, four * FOUR, number) * entry
+    step = np.where(in_four, FOUR, 1)
     lane = np.where(in_four, lane, 0)
     words[entries + lane] = columns * schedule.step
     values = rows.reshape(count, schedule.rows, -1)[order[groups], :, columns]
@@ -226,28 +259,10 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
 # -- the kernel ----------------------------------------------------------------------------------
 
 
-def tile_names(schedule: Schedule, tail: bool) -> list[tuple[str, int, int]]:
-    """The variables that hold the sums, each with its row and its vector; ``tail`` with the tail.
-
-    The sums of a tail are in a narrower vector.
-    """
-    return [
-        (f"s{row}_{vector}", row, vector)
-        for row in range(schedule.rows)
-        for vector in range(schedule.width + tail)
-    ]
-
-
-def wait_lines(schedule: Schedule, tail: bool) -> list[str]:
-    """Lines that store the sums of a row group at ``sums``."""
-    names = tile_names(schedule, tail)
-    return [f"store({_at(schedule, row, vector)}, {name})" for name, row, vector in names]
-
-
-def widen_lines(schedule: Schedule) -> list[str]:
-    """Lines that make whole vectors of the sums of a tail; the lanes beyond hold anything."""
-    names = [f"s{row}_{schedule.width}" for row in range(schedule.rows)]
-    return [f"{name} = resize({name}, FLOAT32)" for name in names]
+def sums_of(schedule: Schedule, tail: bool) -> str:
+    """The last arguments of `multiply_stream` and `store_sums`; ``tail`` for a panel with one."""
+    lanes = schedule.tail if tail else 0
+    return f"{schedule.rows}, {schedule.width}, {lanes}, {schedule.sums_step}"
 
 
 def product_lines(
@@ -262,7 +277,7 @@ def product_lines(
     wait, by row group), and ``first_block``, whether there are none yet; where the schedule has a
     tail, also ``has_tail`` and the address ``tail``. ``before`` and ``finish`` (``finish_tail``
     for a panel with a tail) are the lines around each row group, with its ``number`` and the
-    address ``sums`` of its own; at the end the sums are in the variables `tile_names`.
+    address ``sums`` of its own; at the end ``tile`` is what `multiply_stream` returns.
     """
     whole = _product_lines(schedule, before, finish, tail=False)
     if not schedule.tail:
@@ -274,69 +289,14 @@ def product_lines(
 def _product_lines(
     schedule: Schedule, before: Sequence[str], finish: Sequence[str], tail: bool
 ) -> list[str]:
-    kinds = ["FLOAT32"] * schedule.width + [f"FLOAT32X{schedule.tail}"] * tail
-    names = tile_names(schedule, tail)
+    sums = sums_of(schedule, tail)
     parts = {
-        "zero": [f"{name} = broadcast(0.0, {kinds[vector]})" for name, _, vector in names],
-        "resume": [
-            f"{name} = load({_at(schedule, row, vector)}, {kinds[vector]})"
-            for name, row, vector in names
-        ],
-        "four": _four_lines(schedule, kinds),
-        "one": _one_lines(schedule, kinds),
         "before": before,
+        "multiply": [f"tile = multiply_stream(p, count, panel, tail, sums, first_block, {sums})"],
         "finish": finish,
     }
-    sizes = {
-        "SUMS": schedule.rows * schedule.sums_step,
-        "FOUR": _FOUR,
-        "ENTRY": 4 + 4 * schedule.rows,
-        "AHEAD": _AHEAD,
-    }
+    sizes = {"SUMS": schedule.rows * schedule.sums_step, "ENTRY": 4 + 4 * schedule.rows}
     return fill(_BODY, parts, sizes)
-
-
-def _one_lines(schedule: Schedule, kinds: Sequence[str]) -> list[str]:
-    """Lines that multiply the column at ``p``."""
-    weights = [
-        f"w{row} = broadcast(read(p + {4 + 4 * row}, FLOAT32), FLOAT32)"
-        for row in range(schedule.rows)
-    ]
-    return ["offset = read(p, INT32)", *weights, *_multiply_lines(schedule, kinds)]
-
-
-def _four_lines(schedule: Schedule, kinds: Sequence[str]) -> list[str]:
-    """Lines that multiply the four columns at ``p``."""
-    lines = [
-        f"four{row} = load_repeated(p + {4 * _FOUR * (1 + row)}, FLOAT32)"
-        for row in range(schedule.rows)
-    ]
-    for lane in range(_FOUR):
-        lines.append(f"offset = read(p + {4 * lane}, INT32)")
-        lines += [f"w{row} = repeat_lane(four{row}, {lane})" for row in range(schedule.rows)]
-        lines += _multiply_lines(schedule, kinds)
-    return lines
-
-
-def _multiply_lines(schedule: Schedule, kinds: Sequence[str]) -> list[str]:
-    """Lines that multiply a row of the panel, ``offset`` bytes into it, by ``w{row}``."""
-    lines = []
-    for vector, kind in enumerate(kinds):
-        weights = [f"w{row}" for row in range(schedule.rows)]
-        if vector == schedule.width:
-            lines.append(f"value = load(tail + (offset >> {schedule.tail_shift}), {kind})")
-            weights = [f"resize({weight}, {kind})" for weight in weights]
-        else:
-            lines.append(f"value = load(panel + offset + {vector * VECTOR_BYTES}, {kind})")
-        lines += [
-            f"s{row}_{vector} = fma(value, {weight}, s{row}_{vector})"
-            for row, weight in enumerate(weights)
-        ]
-    return lines
-
-
-def _at(schedule: Schedule, row: int, vector: int) -> str:
-    return f"sums + {row * schedule.sums_step + vector * VECTOR_BYTES}"
 
 
 _BODY = """
@@ -349,22 +309,8 @@ while members > 0:
         p += 4
         sums = all_sums + number * SUMS
         <before>
-        if first_block:
-            <zero>
-        else:
-            <resume>
-        end = p + count * ENTRY
-        ahead = p + AHEAD
-        while ahead < end + AHEAD:
-            prefetch(ahead)
-            ahead += 64
-        last_four = p + count // FOUR * FOUR * ENTRY
-        while p < last_four:
-            <four>
-            p += FOUR * ENTRY
-        while p < end:
-            <one>
-            p += ENTRY
+        <multiply>
+        p += count * ENTRY
         <finish>
         members -= 1
     members = read(p + 4, INT32)

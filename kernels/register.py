@@ -82,8 +82,6 @@ class _VectorModel(models.PrimitiveModel):
 
 
 FLOAT32 = Vector(types.float32, LANES)
-FLOAT32X4 = Vector(types.float32, 4)
-FLOAT32X8 = Vector(types.float32, 8)
 FLOAT64 = Vector(types.float64, LANES)
 INT64 = Vector(types.int64, LANES)
 INT32 = Vector(types.int32, LANES)
@@ -312,6 +310,13 @@ class Register:
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
         value = self.builder.shuffle_vector(self.value, second, mask)
         return Register(self.builder, Vector(self.type.element, len(lanes)), value)
+
+    def resize(self, lanes: int) -> Register:
+        """The first ``lanes`` lanes; those that this register lacks hold anything."""
+        if lanes == self.type.lanes:
+            return self
+        undefined = self._with(ir.Constant(self.type.llvm, ir.Undefined))
+        return self.shuffle([min(lane, self.type.lanes) for lane in range(lanes)], undefined)
 
     def reduce(self, combine: Callable[[Register, Register], Register]) -> ir.Value:
         """All lanes combined pairwise, halves first; a scalar of the element type."""

@@ -47,8 +47,6 @@ from graphopt.kernels.register import (
     BOOL,
     FEATURES,
     FLOAT32,
-    FLOAT32X4,
-    FLOAT32X8,
     FLOAT64,
     INT8,
     INT16,
@@ -68,8 +66,6 @@ __all__ = [
     "BOOL",
     "FEATURES",
     "FLOAT32",
-    "FLOAT32X4",
-    "FLOAT32X8",
     "FLOAT64",
     "INT8",
     "INT16",
@@ -99,7 +95,6 @@ __all__ = [
     "load",
     "load_even",
     "load_masked",
-    "load_repeated",
     "mask_between",
     "mask_first",
     "maximum",
@@ -112,8 +107,6 @@ __all__ = [
     "reduce_maximum",
     "reduce_minimum",
     "reduce_multiply",
-    "repeat_lane",
-    "resize",
     "scatter",
     "select",
     "sqrt",
@@ -122,6 +115,7 @@ __all__ = [
     "transpose_corner",
     "transpose_tile",
     "truncate",
+    "unliteral",
     "write",
 ]
 
@@ -233,38 +227,13 @@ def broadcast(typing: Any, scalar: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def load_repeated(typing: Any, address: Any, vector: Any) -> Any:
-    """The four numbers at ``address`` again and again, for `repeat_lane`."""
-    kind = named_vector(vector)
-    if kind is None:
-        return None
+def unliteral(typing: Any, value: Any) -> Any:
+    """An int64 that is no literal to Numba, which compiles functions anew for each of those."""
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        four = Vector(kind.element, 4)
-        pointer = builder.inttoptr(values[0], four.llvm.as_pointer())
-        loaded = Register(builder, four, builder.load(pointer, align=four.bits // 8))
-        repeated = loaded.shuffle([lane % 4 for lane in range(kind.lanes)])
-        if "avx512f" in FEATURES:
-            # Else LLVM loads each number again, and loads are what such loops wait for.
-            repeated = repeated.llvm("llvm.arithmetic.fence")
-        return repeated.value
+        return values[0]
 
-    return kind(types.int64, vector), generate
-
-
-@intrinsic(prefer_literal=True)
-def repeat_lane(typing: Any, repeated: Any, lane: Any) -> Any:
-    """The number ``lane`` (literal) of the four of a `load_repeated` in every lane."""
-    number = getattr(lane, "literal_value", None)
-    if not isinstance(repeated, Vector) or number is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        # Each four lanes are shuffled among themselves, which is cheapest.
-        lanes = [start + number for start in range(0, repeated.lanes, 4) for _ in range(4)]
-        return Register(builder, repeated, values[0]).shuffle(lanes).value
-
-    return repeated(repeated, lane), generate
+    return types.int64(types.int64), generate
 
 
 @intrinsic
@@ -308,21 +277,6 @@ def mask_between(typing: Any, start: Any, step: Any, stop: Any, vector: Any) -> 
         return (first + lanes * distance < limit).value
 
     return kind.of(types.boolean)(types.int64, types.int64, types.int64, vector), generate
-
-
-@intrinsic
-def resize(typing: Any, value: Any, vector: Any) -> Any:
-    """The first lanes of a vector as one of more or fewer lanes; those beyond hold anything."""
-    kind = named_vector(vector)
-    if kind is None or not isinstance(value, Vector) or kind.element != value.element:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        undefined = Register(builder, value, ir.Constant(value.llvm, ir.Undefined))
-        lanes = [min(lane, value.lanes) for lane in range(kind.lanes)]
-        return Register(builder, value, values[0]).shuffle(lanes, undefined).value
-
-    return kind(value, vector), generate
 
 
 @intrinsic

@@ -37,6 +37,7 @@ _HELPERS = (
     "register.py",
     "memory.py",
     "simd.py",
+    "stream.py",
     "elementary.py",
     "panel.py",
     "tile.py",

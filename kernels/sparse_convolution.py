@@ -21,15 +21,14 @@ from graphopt.kernels.convolution import (
     image_of,
     pack_cycles,
 )
-from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.nonzeros import (
     Schedule,
     pack_streams,
     product_cycles,
     product_lines,
     schedules,
-    wait_lines,
-    widen_lines,
+    sums_of,
 )
 from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem
 from graphopt.kernels.registry import (
@@ -104,7 +103,7 @@ class SparseConvolutionCandidate(Candidate):
     @property
     def _thread_scratch(self) -> int:
         waiting = self.schedule.sums_bytes(self.image.outputs) if self._blocks > 1 else 0
-        return self.schedule.panel_bytes + waiting
+        return self.schedule.sums_start + waiting
 
     def _parallel(self, threads: int) -> bool:
         return threads > 1 and self.estimate > WORTH_SHARING
@@ -112,7 +111,7 @@ class SparseConvolutionCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         block, epilogue = self._arguments()
         name = f"sparse_convolution_{self.schedule.rows}x{self.schedule.width}"
-        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
+        text = kernel_text(block, _lines(self.schedule, epilogue), (*VOCABULARY, "stream"))
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
@@ -120,8 +119,9 @@ class SparseConvolutionCandidate(Candidate):
         image, block = self.image, Arguments()
         values: dict[str, Argument] = {
             "x": Input(0), "starts": Packed(0), "words": Packed(1), "y": Output(0),
-            "scratch": Scratch(), "thread_scratch": self._thread_scratch,
-            "panel_bytes": self.schedule.panel_bytes, "tail_start": self.schedule.tail_start,
+            "scratch": Scratch() if self._thread_scratch else 0,
+            "thread_scratch": self._thread_scratch,
+            "sums_start": self.schedule.sums_start, "tail_start": self.schedule.tail_start,
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
             "plane": 4 * math.prod(image.size), "out_plane": 4 * image.pixels,
@@ -150,8 +150,9 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         return []
     found: list[Candidate] = []
     depth = image.channels * image.taps
+    pitch = 4 * image.pixels if _is_pointwise(image) else 0
     for schedule in schedules(
-        weight.zeros, depth, image.pixels, unit=image.taps, run=image.out_size[1]
+        weight.zeros, depth, image.pixels, image.taps, image.out_size[1], pitch
     ):
         name = f"sparse convolution {schedule}"
         seconds = _cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
@@ -159,11 +160,17 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     return found
 
 
+def _is_pointwise(image: Image) -> bool:
+    """Whether what lies under the kernel is the image itself."""
+    same = image.size == image.out_size and image.start == (0, 0)
+    return same and image.taps == 1 and image.stride == (1, 1)
+
+
 def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
     """Cycles of all tasks together, roughly."""
     depth = image.channels * image.taps
     panels = schedule.panels_of_work(image.pixels)
-    copy = schedule.width * depth * pack_cycles(image)
+    copy = 0 if schedule.pitch else schedule.width * depth * pack_cycles(image)
     finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
     product = product_cycles(schedule, zeros, image.outputs, depth)
     return image.batch * image.groups * panels * (copy + product + finish)
@@ -171,38 +178,43 @@ def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
 
 def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    rows, width = schedule.rows, schedule.width
-    starts = epilogue_starts(epilogue)
-    end = {
-        "wait": wait_lines(schedule, tail=False),
-        "starts": starts,
-        "whole": epilogue.tile_lines(rows, width, whole=width),
-        "partial": epilogue.tile_lines(rows, width, whole=0),
-    }
-    tail_end = {
-        "wait": wait_lines(schedule, tail=True),
-        "starts": starts,
-        "widen": widen_lines(schedule),
-        "tile": epilogue.tile_lines(rows, width + 1, whole=width),
-    }
     sizes = {
-        "ROWS": rows,
-        "WIDTH": width,
+        "ROWS": schedule.rows,
+        "WIDTH": schedule.width,
         "STEP": schedule.step,
         "TAIL_ROW": schedule.tail_step,
     }
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
+        "panel": fill(_IN_PLACE if schedule.pitch else _PACK, {}, sizes),
         "pack_tail": fill(_PACK_TAIL, {}, sizes) if schedule.tail else [],
         "product": product_lines(
             schedule,
-            fill(_FINISH, end, sizes),
+            _finish_lines(schedule, epilogue, tail=False),
             _fetch_lines(schedule, epilogue),
-            fill(_FINISH_TAIL, tail_end, sizes),
+            _finish_lines(schedule, epilogue, tail=True) if schedule.tail else (),
         ),
     }
     return fill(_BODY, parts, sizes)
+
+
+def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[str]:
+    """Lines that store a tile: as sums that wait, or finished."""
+    rows, width = schedule.rows, schedule.width
+    vectors = width + tail
+    names = [f"s{row}_{vector}" for row in range(rows) for vector in range(vectors)]
+    store = epilogue.tile_lines(rows, vectors, whole=width)
+    if not tail:
+        partial = epilogue.tile_lines(rows, vectors, whole=0)
+        store = [f"if columns >= {width} * LANES:", *indent(1, store), "else:", *indent(1, partial)]
+    parts = {
+        "wait": [f"store_sums(sums, tile, {sums_of(schedule, tail)})"],
+        "starts": epilogue_starts(epilogue),
+        "take": [f"{', '.join(names)} = tile"],
+        "store": store,
+    }
+    return fill(_FINISH, parts, {"ROWS": rows})
 
 
 def _fetch_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
@@ -236,31 +248,31 @@ else:
     rows = last - channel
     c = y + (image * groups * outputs + channel) * out_plane + 4 * start
     <starts>
-    if columns >= WIDTH * LANES:
-        <whole>
-    else:
-        <partial>
+    <take>
+    <store>
 """
 
-_FINISH_TAIL = """
-if block + 1 < blocks:
-    <wait>
-else:
-    channel = group * outputs + number * ROWS
-    rows = last - channel
-    c = y + (image * groups * outputs + channel) * out_plane + 4 * start
-    <starts>
-    <widen>
-    <tile>
+_IN_PLACE = """
+panel = x + (place * channels + first_channel) * plane + 4 * start
+"""
+
+_PACK = """
+pack_taps(
+    panel, unliteral(STEP), x + (place * channels + first_channel) * plane, plane,
+    min(channels - first_channel, block_channels), height, width, out_width, pixels,
+    start, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
+    kernel_height, kernel_width, stride_height, stride_width,
+    dilation_height, dilation_width, top, left,
+)
 """
 
 _PACK_TAIL = """
 has_tail = panel_number + 1 == panels
 if has_tail:
     pack_taps(
-        tail, TAIL_ROW, x + (place * channels + first_channel) * plane, plane,
+        tail, unliteral(TAIL_ROW), x + (place * channels + first_channel) * plane, plane,
         min(channels - first_channel, block_channels), height, width, out_width, pixels,
-        start + WIDTH * LANES, 1,
+        start + WIDTH * LANES, unliteral(1),
         kernel_height, kernel_width, stride_height, stride_width,
         dilation_height, dilation_width, top, left,
     )
@@ -270,7 +282,7 @@ _BODY = """
 <prologue>
 panel = scratch + thread * thread_scratch
 tail = panel + tail_start
-all_sums = panel + panel_bytes
+all_sums = panel + sums_start
 c_row = out_plane
 <share>
 while task < stop:
@@ -287,13 +299,7 @@ while task < stop:
     while block < blocks:
         first_channel = block * block_channels
         first_block = block == 0
-        pack_taps(
-            panel, STEP, x + (place * channels + first_channel) * plane, plane,
-            min(channels - first_channel, block_channels), height, width, out_width, pixels,
-            start, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
-            kernel_height, kernel_width, stride_height, stride_width,
-            dilation_height, dilation_width, top, left,
-        )
+        <panel>
         <pack_tail>
         part = first_part
         while part < last_part:

@@ -296,7 +296,7 @@ while task < stop:
         if packed_panel != panel_number:
             pack_words(
                 b, b_step, origin, plane, words, height, width, out_width, pixels,
-                vector * LANES, WIDTH, kernel_height, kernel_width,
+                vector * LANES, unliteral(WIDTH), kernel_height, kernel_width,
                 stride_height, stride_width, dilation_height, dilation_width, top, left, outside,
             )
             packed_panel = panel_number

@@ -27,7 +27,7 @@ from graphopt.kernels.nonzeros import (
     product_cycles,
     product_lines,
     schedules,
-    wait_lines,
+    sums_of,
 )
 from graphopt.kernels.problem import ConstantOperand, MatmulProblem
 from graphopt.kernels.registry import (
@@ -101,7 +101,7 @@ class SparseMatmulCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         block, epilogue = self._arguments()
         name = f"sparse_matmul_{self.schedule.rows}x{self.schedule.width}"
-        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
+        text = kernel_text(block, _lines(self.schedule, epilogue), (*VOCABULARY, "stream"))
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
@@ -186,8 +186,8 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
         "pack_tail": fill(_PACK_TAIL, {}, sizes) if schedule.tail else [],
         "product": product_lines(
             schedule,
-            wait_lines(schedule, tail=False),
-            finish_tail=wait_lines(schedule, tail=True),
+            [f"store_sums(sums, tile, {sums_of(schedule, tail=False)})"],
+            finish_tail=[f"store_sums(sums, tile, {sums_of(schedule, tail=True)})"],
         ),
         "epilogue": [*starts, *epilogue.lines()],
     }
@@ -198,7 +198,7 @@ _PACK_TAIL = """
 has_tail = rows > WIDTH * LANES
 if has_tail:
     pack_columns(
-        tail, TAIL_ROW,
+        tail, unliteral(TAIL_ROW),
         a + own_a + (start + WIDTH * LANES) * a_row + first_step * a_step, a_step, a_row,
         min(depth - first_step, block_depth), rows - WIDTH * LANES,
     )
@@ -224,7 +224,7 @@ while task < stop:
         first_step = block * block_depth
         first_block = block == 0
         pack_columns(
-            panel, STEP, a + own_a + start * a_row + first_step * a_step, a_step, a_row,
+            panel, unliteral(STEP), a + own_a + start * a_row + first_step * a_step, a_step, a_row,
             min(depth - first_step, block_depth), min(rows, WIDTH * LANES),
         )
         <pack_tail>

@@ -134,6 +134,7 @@ def execute(
             case Packed(index):
                 return int(packed[index].ctypes.data)
             case Scratch(start):
+                assert needed, "the kernel asked for no scratch memory"
                 return scratch.address + start
             case float():
                 return int(struct.unpack("<i", struct.pack("<f", argument))[0])

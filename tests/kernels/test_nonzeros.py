@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import pruned
 
-from graphopt.kernels.nonzeros import VECTOR_BYTES, Schedule, pack_streams
+from graphopt.kernels.nonzeros import Schedule, pack_streams
 from graphopt.kernels.simd import LANES
+from graphopt.kernels.stream import VECTOR_BYTES
 
 
 @pytest.mark.skipif(LANES != 16, reason="shorter vectors have no tails")

@@ -92,26 +92,9 @@ def test_mask_first_clips_its_count(kind: str) -> None:
     np.testing.assert_array_equal(written, np.arange(LANES) < np.array(counts)[:, None])
 
 
-def test_lanes_in_vectors_of_other_lengths() -> None:
-    values = np.arange(1, 5, dtype=np.float32)
-    source_buffer, _ = guarded(values)
-    target, written = guarded(np.zeros((5, LANES), np.float32))
+def test_lane_index() -> None:
     numbers, counted = guarded(np.zeros(LANES, np.int32))
-    body = """
-four = load_repeated(a0, FLOAT32)
-store(a1, repeat_lane(four, 0))
-store(a1 + 4 * LANES, repeat_lane(four, 3))
-store(a1 + 8 * LANES, resize(resize(four, FLOAT32X4) * 2, FLOAT32))
-store(a1 + 12 * LANES, resize(resize(repeat_lane(four, 1), FLOAT32X8), FLOAT32))
-store(a1 + 16 * LANES, four)
-store(a2, lane_index(INT32))
-"""
-    run(body, source_buffer.address, target.address, numbers.address)
-    np.testing.assert_array_equal(written[0], 1)
-    np.testing.assert_array_equal(written[1], 4)
-    np.testing.assert_array_equal(written[2, :4], 2 * values)
-    np.testing.assert_array_equal(written[3, :8], 2)
-    np.testing.assert_array_equal(written[4], np.resize(values, LANES))
+    run("store(a0, lane_index(INT32))", numbers.address)
     np.testing.assert_array_equal(counted, np.arange(LANES))
 
 

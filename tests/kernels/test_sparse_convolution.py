@@ -91,6 +91,25 @@ def test_a_residual_that_is_overwritten(x: tuple[int, ...], rows: int) -> None:
     check_overwriting(Convolution(x, 21, (1, 1)), SparseConvolutionCandidate, 0.2, rows)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_panels_that_stay_in_the_image(rows: int, groups: int) -> None:
+    case = Convolution((2, 300, 3, 4 * LANES), 22, (1, 1), groups=groups)
+    weight = pruned(case.weight, 0.2, rows)
+    assert all(one.schedule.pitch for one in sparse_candidates(case, weight))  # type: ignore[attr-defined]
+    case.check(weight)
+
+
+def test_panels_that_are_copied() -> None:
+    # Rows of panels that lie in the same sets of the first cache, or not on its lines.
+    for width in (1024, 12 * LANES + 1, 3 * LANES):
+        case = Convolution((1, 40, 1, width), 9, (1, 1))
+        weight = pruned(case.weight, 0.2)
+        found = sparse_candidates(case, weight)
+        assert not any(one.schedule.pitch for one in found)  # type: ignore[attr-defined]
+        case.check(weight)
+
+
 def test_pixels_of_two_rows_are_no_tail() -> None:
     # A tail is copied as one piece. Both have one to eight pixels behind three whole vectors.
     column = Convolution((1, 60, 51, 2), 9, (1, 2))

@@ -1,0 +1,71 @@
+"""Products of sparse rows in registers, against numpy on whole numbers, which are exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support import GuardedBuffer, call
+
+from graphopt.kernels import source
+from graphopt.kernels.nonzeros import Schedule, pack_streams
+from graphopt.kernels.problem import Operand
+from graphopt.kernels.simd import LANES
+
+DEPTH = 23
+TEXT = """
+from graphopt.kernels.simd import *
+from graphopt.kernels.stream import *
+
+
+def kernel(arguments, thread, begin, end):
+    words = arguments[0]
+    panel = arguments[1]
+    tail = arguments[2]
+    sums = arguments[3]
+    first_block = arguments[4] != 0
+    target = arguments[5]
+    p = words + 12
+    tile = multiply_stream(p, read(words, INT32), panel, tail, sums, first_block, SHAPE)
+    store_sums(target, tile, SHAPE)
+"""
+
+
+def guarded(array: np.ndarray) -> tuple[GuardedBuffer, np.ndarray]:
+    operand = Operand.plain(str(array.dtype), array.shape)
+    buffer = GuardedBuffer(operand.bytes)
+    inside = buffer.array(operand)
+    inside[...] = array
+    return buffer, inside
+
+
+@pytest.mark.parametrize("first_block", [True, False])
+@pytest.mark.parametrize("tail", [0, 4, 8] if LANES == 16 else [0])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 5), (2, 3), (4, 4)])
+def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -> None:
+    schedule = Schedule(rows, width, DEPTH, tail)
+    shape = f"{rows}, {width}, {tail}, {schedule.sums_step}"
+    entry = source.build("stream_test", TEXT.replace("SHAPE", shape))
+    random = np.random.default_rng(0)
+    lanes = width * LANES + tail
+    for count in (0, 1, 3, 4, 5, 8, 14, DEPTH):
+        weight = np.zeros((rows, DEPTH), np.float32)
+        columns = random.choice(DEPTH, count, replace=False)
+        weight[:, columns] = random.integers(1, 9, (rows, count))
+        values = random.integers(-9, 9, (DEPTH, lanes)).astype(np.float32)
+        known = random.integers(-99, 99, (rows, lanes)).astype(np.float32)
+        _, stream = pack_streams([weight], schedule, 1)
+        words, _ = guarded(stream)
+        panel, _ = guarded(values[:, : width * LANES])
+        tails, inside = guarded(np.full((DEPTH, max(schedule.tail_step // 4, 1)), np.nan, "f4"))
+        inside[:, :tail] = values[:, width * LANES :]
+        step = schedule.sums_step // 4
+        # The last row's tail is a narrow vector, with nothing behind it that may be touched.
+        size = (rows - 1) * step + lanes
+        places = np.arange(rows)[:, None] * step + np.arange(lanes)
+        sums, waiting = guarded(np.full(size, np.nan, np.float32))
+        waiting[places] = np.nan if first_block else known
+        target, result = guarded(np.full(size, np.nan, np.float32))
+        buffers = [words.address, panel.address, tails.address, sums.address]
+        call(entry, [*buffers, int(first_block), target.address])
+        expected = weight @ values + (0 if first_block else known)
+        np.testing.assert_array_equal(result[places], expected)
