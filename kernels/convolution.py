@@ -67,6 +67,7 @@ class Image:
     """A convolution of two spatial dimensions, as its kernel sees it.
 
     ``extras`` are the strides of the epilogue's further inputs by (image, channel, pixel).
+    ``plane`` and ``out_plane`` are elements from channel to channel.
     """
 
     batch: int
@@ -80,6 +81,8 @@ class Image:
     dilation: tuple[int, int]
     start: tuple[int, int]
     extras: tuple[tuple[int, int, int], ...]
+    plane: int
+    out_plane: int
 
     @property
     def taps(self) -> int:
@@ -243,8 +246,11 @@ def _linear(problem: ConvolutionProblem, image: Image) -> MatmulProblem:
     return MatmulProblem((x, weight, *extras), (y,), (False, True), problem.epilogue)
 
 
-def image_of(problem: ConvolutionProblem) -> Image | None:
-    """The problem in two spatial dimensions, or None where this family cannot solve it."""
+def image_of(problem: ConvolutionProblem, padded: bool = False) -> Image | None:
+    """The problem in two spatial dimensions, or None where this family cannot solve it.
+
+    ``padded`` says whether it can where the planes of images are padded.
+    """
     x, weight, *extras = problem.inputs
     (y,) = problem.outputs
     rank = len(x.shape) - 2
@@ -252,7 +258,11 @@ def image_of(problem: ConvolutionProblem) -> Image | None:
         return None
     if weight.size == 0 or 0 in y.shape[1:]:
         return None
-    if any(operand.layout != Layout.plain("float32", rank + 2) for operand in (x, weight, y)):
+    plain = Layout.plain("float32", rank + 2)
+    layouts = [x.layout, weight.layout, y.layout]
+    if padded:
+        layouts = [replace(layout, plane=0) for layout in layouts]
+    if any(layout != plain for layout in layouts):
         return None
     if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
         return None
@@ -276,6 +286,8 @@ def image_of(problem: ConvolutionProblem) -> Image | None:
         pair(problem.dilation, 1),
         start,
         tuple(entry for entry in strides if entry is not None),
+        x.layout.plane or math.prod(x.shape[2:]),
+        y.layout.plane or math.prod(y.shape[2:]),
     )
     # Without gaps and padding the pixels of an image are one long row.
     dense = image.kernel == image.stride == (1, 1) and start == (0, 0)

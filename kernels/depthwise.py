@@ -65,6 +65,7 @@ class StripCandidate(Candidate):
             "height": image.size[0], "width": image.size[1],
             "out_height": image.out_size[0], "out_width": image.out_size[1],
             "top": image.start[0], "left": image.start[1],
+            "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "channels": image.groups * image.outputs, "results": image.outputs,
             "strips": self._strips, "bands": bands, "tasks": self._planes * bands,
         }  # fmt: skip
@@ -155,7 +156,7 @@ while task < stop:
     band = task - number * bands
     image = number // channels
     channel = number - image * channels
-    origin = x + 4 * (number // results) * height * width
+    origin = x + number // results * plane
     own = weight + 4 * TAPS * channel
     <weights>
     column = 0
@@ -171,7 +172,7 @@ while task < stop:
             start = origin + 4 * (top_row * width + first)
             <zero>
             <rows>
-            c = y + 4 * ((number * out_height + row) * out_width + column)
+            c = y + number * out_plane + 4 * (row * out_width + column)
             <starts>
             <constants>
             <finish>
@@ -212,7 +213,7 @@ class WindowCandidate(Candidate):
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Strips straight from the image, else windows, where every group has one input channel."""
     problem.check()
-    image = image_of(problem)
+    image = image_of(problem, padded=True)
     if image is None or image.channels != 1 or problem.outputs[0].size == 0:
         return []
     if max(image.stride) <= 2 and image.dilation == (1, 1) and image.taps <= _MOST_TAPS:
@@ -220,6 +221,8 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         seconds = _strip_cycles(image, strip) / CYCLES_PER_SECOND
         return [StripCandidate(f"depthwise {strip} rows", problem, seconds, image, strip)]
     found: list[Candidate] = []
+    if any(operand.layout.plane for operand in (problem.inputs[0], problem.outputs[0])):
+        return found
     for rows in _WINDOW_STRIPS if image.out_size[0] > 1 else (1,):
         windows = Windows(
             image.batch,

@@ -28,7 +28,7 @@ import numpy as np
 from graphopt.kernels.loops import indent
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.stream import FOUR, VECTOR_BYTES, tail_shift
+from graphopt.kernels.stream import FOUR, VECTOR_BYTES
 from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
 
@@ -85,12 +85,20 @@ class Schedule:
     @property
     def tail_shift(self) -> int:
         """A row's place in the tail is its place in the panel, shifted right by so many bits."""
-        return tail_shift(self.width, self.tail)
+        return 0 if self.pitch else self._copied_shift
+
+    @property
+    def _copied_shift(self) -> int:
+        # Rows of the tail are whole multiples of it long, so that none lies in two cache lines.
+        shift = 0
+        while self.row_bytes % (8 * self.tail << shift) == 0:
+            shift += 1
+        return shift
 
     @property
     def tail_step(self) -> int:
-        """Bytes of a row of the tail."""
-        return self.row_bytes >> self.tail_shift if self.tail else 0
+        """Bytes of a row of a tail that is copied."""
+        return self.row_bytes >> self._copied_shift if self.tail else 0
 
     @property
     def tail_start(self) -> int:
@@ -167,22 +175,25 @@ def schedules(
 def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int], int, int]:
     """Widths to try, their tail, and the pitch if panels of these widths stay where they are."""
     vectors, rest = divmod(columns, LANES)
-    whole = [width for width in _WIDTHS[rows] if vectors % width == 0 and _stays(width, pitch)]
-    if whole and not rest:
-        return whole, 0, pitch
     tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
-    divisors = [width for width in _TAIL_WIDTHS[rows] if tail and vectors and vectors % width == 0]
-    return (divisors, tail, 0) if divisors else (_WIDTHS[rows], 0, 0)
+    widths = [width for width in _TAIL_WIDTHS[rows] if tail and vectors and vectors % width == 0]
+    if not widths:
+        widths, tail, vectors = list(_WIDTHS[rows]), 0, math.ceil(columns / LANES)
+    staying = [width for width in widths if _stays(width, tail, vectors, pitch)]
+    return (staying, tail, pitch) if staying else (widths, tail, 0)
 
 
-def _stays(width: int, pitch: int) -> bool:
-    """Whether a panel of rows so far apart can be read as fast as a copy that is dense.
+def _stays(width: int, tail: int, vectors: int, pitch: int) -> bool:
+    """Whether panels of rows so far apart can be read as fast as a copy that is dense.
 
-    Rows start on cache lines, and not always on those of the same few sets of the first cache.
+    They are all whole, and rows start on cache lines, not always on those of the same few sets of
+    the first cache.
     """
     lines, rest = divmod(pitch, _LINE)
+    if rest or vectors % width or pitch < (vectors + (tail > 0)) * VECTOR_BYTES:
+        return False
     places = _SETS // math.gcd(lines, _SETS)
-    return pitch > 0 and rest == 0 and places * width * VECTOR_BYTES >= _SETS * _LINE
+    return places * (width + (tail > 0)) * VECTOR_BYTES >= _SETS * _LINE
 
 
 def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: int) -> float:
@@ -289,10 +300,11 @@ def product_lines(
 def _product_lines(
     schedule: Schedule, before: Sequence[str], finish: Sequence[str], tail: bool
 ) -> list[str]:
-    sums = sums_of(schedule, tail)
+    operands = "p, count, panel, tail, sums, first_block"
+    shift = schedule.tail_shift if tail else 0
     parts = {
         "before": before,
-        "multiply": [f"tile = multiply_stream(p, count, panel, tail, sums, first_block, {sums})"],
+        "multiply": [f"tile = multiply_stream({operands}, {shift}, {sums_of(schedule, tail)})"],
         "finish": finish,
     }
     sizes = {"SUMS": schedule.rows * schedule.sums_step, "ENTRY": 4 + 4 * schedule.rows}

@@ -42,12 +42,16 @@ class Layout:
     With a ``group``, dimension 1 (channels) is cut into groups of so many, the last one padded,
     whose members are the innermost dimension; the dimensions after it are one row of pixels, padded
     to a multiple of `PIXELS` unless it is a single one. So integer kernels have it: see `grouped`.
+
+    ``plane`` is the distance in elements between neighbours along dimension 1 of an image whose
+    planes of pixels are padded, see `padded`; 0 means dense.
     """
 
     dtype: str
     order: tuple[int, ...]
     pitch: int = 0
     group: int = 1
+    plane: int = 0
 
     @staticmethod
     def plain(dtype: str, rank: int) -> Layout:
@@ -59,6 +63,16 @@ class Layout:
         """Memory of shape (N, ceil(C / 4), pixels, 4), in which a pixel's channels are a word."""
         return Layout(dtype, tuple(range(rank)), group=GROUP)
 
+    @staticmethod
+    def padded(dtype: str, shape: tuple[int, ...]) -> Layout:
+        """Memory of shape (N, C, pixels), padded so that every channel starts on a cache line.
+
+        Distances of 8 lines, or multiples, would put them into few sets of the caches.
+        """
+        lines = math.ceil(math.prod(shape[2:]) / PIXELS)
+        lines += lines % 8 == 0
+        return Layout(dtype, tuple(range(len(shape))), plane=lines * PIXELS)
+
     def memory(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the memory of a tensor of that shape, outermost dimension first.
 
@@ -68,6 +82,8 @@ class Layout:
             pixels = math.prod(shape[2:])
             padded = pixels if pixels == 1 else math.ceil(pixels / PIXELS) * PIXELS
             return (shape[0], math.ceil(shape[1] / self.group), padded, self.group)
+        if self.plane:
+            return (*shape[:2], self.plane)
         if self.pitch:
             raise ValueError("rows with gaps are no tensor")
         return tuple(shape[dimension] for dimension in self.order)
@@ -84,6 +100,8 @@ class Layout:
         for place, dimension in enumerate(reversed(self.order)):
             if place == 1 and self.pitch:
                 distance = self.pitch
+            if dimension == 1 and self.plane:
+                distance = self.plane
             strides[dimension] = distance
             distance *= max(shape[dimension], 1)
         return tuple(strides)
@@ -92,7 +110,7 @@ class Layout:
         """Memory that a tensor of that shape spans."""
         if 0 in shape:
             return 0
-        if self.group > 1:
+        if self.group > 1 or self.plane:
             return math.prod(self.memory(shape)) * ITEM_BYTES[self.dtype]
         steps = zip(shape, self.strides(shape), strict=True)
         return (1 + sum((size - 1) * stride for size, stride in steps)) * ITEM_BYTES[self.dtype]
@@ -128,6 +146,11 @@ class Operand:
     def grouped(dtype: str, shape: tuple[int, ...]) -> Operand:
         """An image whose channels lie in groups, see `Layout.grouped`."""
         return Operand(tuple(shape), Layout.grouped(dtype, len(shape)))
+
+    @property
+    def padded(self) -> Operand:
+        """The same image with padded planes, see `Layout.padded`."""
+        return Operand(self.shape, Layout.padded(self.dtype, self.shape))
 
     @property
     def memory(self) -> tuple[int, ...]:

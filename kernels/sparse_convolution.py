@@ -124,7 +124,7 @@ class SparseConvolutionCandidate(Candidate):
             "sums_start": self.schedule.sums_start, "tail_start": self.schedule.tail_start,
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
-            "plane": 4 * math.prod(image.size), "out_plane": 4 * image.pixels,
+            "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "out_width": image.out_size[1], "pixels": image.pixels,
             "kernel_height": image.kernel[0], "kernel_width": image.kernel[1],
             "stride_height": image.stride[0], "stride_width": image.stride[1],
@@ -142,7 +142,7 @@ class SparseConvolutionCandidate(Candidate):
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Schedules that may suit the zeros; none where the weight has few."""
     problem.check()
-    image = image_of(problem)
+    image = image_of(problem, padded=True)
     weight = problem.inputs[1]
     if image is None or not isinstance(weight, ConstantOperand) or weight.zeros is None:
         return []
@@ -150,7 +150,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         return []
     found: list[Candidate] = []
     depth = image.channels * image.taps
-    pitch = 4 * image.pixels if _is_pointwise(image) else 0
+    pitch = 4 * image.plane if _is_pointwise(image) else 0
     for schedule in schedules(
         weight.zeros, depth, image.pixels, image.taps, image.out_size[1], pitch
     ):
@@ -188,7 +188,7 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
         "prologue": epilogue.prologue(),
         "share": SHARE,
         "panel": fill(_IN_PLACE if schedule.pitch else _PACK, {}, sizes),
-        "pack_tail": fill(_PACK_TAIL, {}, sizes) if schedule.tail else [],
+        "tail": _tail_lines(schedule, sizes),
         "product": product_lines(
             schedule,
             _finish_lines(schedule, epilogue, tail=False),
@@ -197,6 +197,16 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
         ),
     }
     return fill(_BODY, parts, sizes)
+
+
+def _tail_lines(schedule: Schedule, sizes: dict[str, int]) -> list[str]:
+    """Lines that find out whether a panel has a tail, and where."""
+    if not schedule.tail:
+        return []
+    tail = fill(_TAIL_IN_PLACE, {}, sizes)
+    if not schedule.pitch:
+        tail = ["if has_tail:", *indent(1, fill(_PACK_TAIL, {}, sizes))]
+    return ["has_tail = panel_number + 1 == panels", *tail]
 
 
 def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[str]:
@@ -266,16 +276,18 @@ pack_taps(
 )
 """
 
+_TAIL_IN_PLACE = """
+tail = panel + 4 * WIDTH * LANES
+"""
+
 _PACK_TAIL = """
-has_tail = panel_number + 1 == panels
-if has_tail:
-    pack_taps(
-        tail, unliteral(TAIL_ROW), x + (place * channels + first_channel) * plane, plane,
-        min(channels - first_channel, block_channels), height, width, out_width, pixels,
-        start + WIDTH * LANES, unliteral(1),
-        kernel_height, kernel_width, stride_height, stride_width,
-        dilation_height, dilation_width, top, left,
-    )
+pack_taps(
+    tail, unliteral(TAIL_ROW), x + (place * channels + first_channel) * plane, plane,
+    min(channels - first_channel, block_channels), height, width, out_width, pixels,
+    start + WIDTH * LANES, unliteral(1),
+    kernel_height, kernel_width, stride_height, stride_width,
+    dilation_height, dilation_width, top, left,
+)
 """
 
 _BODY = """
@@ -300,7 +312,7 @@ while task < stop:
         first_channel = block * block_channels
         first_block = block == 0
         <panel>
-        <pack_tail>
+        <tail>
         part = first_part
         while part < last_part:
             p = words + read(starts + 8 * ((group * blocks + block) * parts + part), INT64)

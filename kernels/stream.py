@@ -28,17 +28,6 @@ _LINE = 64
 _INT64 = ir.IntType(64)
 
 
-def tail_shift(width: int, tail: int) -> int:
-    """A row's place in a tail of ``tail`` lanes is its place in the panel, shifted right so far.
-
-    Rows of the tail are whole multiples of it long, so that none lies in two cache lines.
-    """
-    shift = 0
-    while width * VECTOR_BYTES % (8 * tail << shift) == 0:
-        shift += 1
-    return shift
-
-
 @intrinsic(prefer_literal=True)
 def multiply_stream(
     typing: Any,
@@ -48,6 +37,7 @@ def multiply_stream(
     tail: Any,
     sums: Any,
     first_block: Any,
+    shift: Any,
     rows: Any,
     width: Any,
     tail_lanes: Any,
@@ -56,10 +46,10 @@ def multiply_stream(
     """The products of ``rows`` rows of a weight with a panel, a tuple of vectors by row.
 
     ``p`` is the address of ``count`` columns in a stream, ``panel`` that of the panel, ``width``
-    vectors wide. Where ``tail_lanes`` is not 0, the panel has one narrower vector more, at
-    ``tail``, and the tuple one vector more per row, whose lanes beyond hold anything. Unless
-    ``first_block``, products are added to the sums at ``sums``, whose rows are ``sums_step`` bytes
-    apart. The last four are literal.
+    vectors wide. Where ``tail_lanes`` is not 0, the panel has one narrower vector more, from
+    ``tail`` on where its offset, shifted right by ``shift``, says; then the tuple has one vector
+    more per row, whose lanes beyond hold anything. Unless ``first_block``, products are added to
+    the sums at ``sums``, whose rows are ``sums_step`` bytes apart. The last five are literal.
     """
     shape = [one.literal_value for one in (rows, width, tail_lanes, sums_step)]
 
@@ -71,12 +61,13 @@ def multiply_stream(
         tile = _Tile(builder, *shape)
         begin, count, panel, tail, sums = numbers
         tile.start(sums, context.cast(builder, values[5], sig.args[5], types.boolean))
-        tile.multiply(begin, count, panel, tail)
+        tile.multiply(begin, count, panel, tail, shift.literal_value)
         return context.make_tuple(builder, sig.return_type, tile.results())
 
     result = types.UniTuple(FLOAT32, shape[0] * (shape[1] + (shape[2] > 0)))
-    arguments = (p, count, panel, tail, sums, first_block, rows, width, tail_lanes, sums_step)
-    return result(*arguments), generate
+    return result(
+        p, count, panel, tail, sums, first_block, shift, rows, width, tail_lanes, sums_step
+    ), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -107,7 +98,6 @@ class _Tile:
         self.kinds = [FLOAT32] * width
         if tail_lanes:
             self.kinds.append(Vector(types.float32, tail_lanes))
-            self.shift = tail_shift(width, tail_lanes)
         self.sums_step = sums_step
         self.sums: list[list[ir.Value]] = []
 
@@ -130,9 +120,19 @@ class _Tile:
                     address = self._plus(sums, row * self.sums_step + vector * VECTOR_BYTES)
                     builder.store(self._load(address, self.kinds[vector]).value, place)
 
-    def multiply(self, begin: ir.Value, count: ir.Value, panel: ir.Value, tail: ir.Value) -> None:
+    def multiply(
+        self, begin: ir.Value, count: ir.Value, panel: ir.Value, tail: ir.Value, shift: int
+    ) -> None:
         """Add the products of ``count`` columns, of which the first come in fours."""
         builder = self.builder
+
+        def multiply_column(place: ir.Value, weights: list[Register]) -> None:
+            offset = self._offset(place)
+            start = self._plus(panel, offset)
+            addresses = [self._plus(start, number * VECTOR_BYTES) for number in range(self.width)]
+            addresses.append(self._plus(tail, builder.ashr(offset, _number(shift))))
+            self._add_products(addresses, weights)
+
         entry = 4 + 4 * self.rows
         end = self._plus(begin, builder.mul(count, _number(entry)))
         fours = builder.and_(count, _number(-FOUR))
@@ -145,10 +145,10 @@ class _Tile:
             ]
             for lane in range(FOUR):
                 spread = [_repeat_lane(weight, lane) for weight in weights]
-                self._add_products(self._offset(self._plus(p, 4 * lane)), spread, panel, tail)
+                multiply_column(self._plus(p, 4 * lane), spread)
         with self._walk(last_four, end, entry) as p:
             weights = [self._broadcast(self._plus(p, 4 + 4 * row)) for row in range(self.rows)]
-            self._add_products(self._offset(p), weights, panel, tail)
+            multiply_column(p, weights)
 
     def results(self) -> list[ir.Value]:
         """The sums, all of whole vectors."""
@@ -166,16 +166,10 @@ class _Tile:
             pointer = self.builder.inttoptr(address, narrow.type.llvm.as_pointer())
             self.builder.store(narrow.value, pointer, align=4)
 
-    def _add_products(
-        self, offset: ir.Value, weights: list[Register], panel: ir.Value, tail: ir.Value
-    ) -> None:
-        """Add a row of the panel, ``offset`` bytes into it, times the weights of each row."""
+    def _add_products(self, addresses: list[ir.Value], weights: list[Register]) -> None:
+        """Add a row of the panel, whose vectors are at ``addresses``, times the weights."""
         builder = self.builder
-        for vector, kind in enumerate(self.kinds):
-            if vector < self.width:
-                address = self._plus(self._plus(panel, offset), vector * VECTOR_BYTES)
-            else:
-                address = self._plus(tail, builder.ashr(offset, _number(self.shift)))
+        for vector, (kind, address) in enumerate(zip(self.kinds, addresses, strict=False)):
             value = self._load(address, kind)
             for row, weight in enumerate(weights):
                 place = self.sums[row][vector]

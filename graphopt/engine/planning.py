@@ -14,6 +14,7 @@ import torch
 
 from graphopt.engine import selection as selecting
 from graphopt.engine.builder import ProgramBuilder
+from graphopt.engine.layouts import with_padded_planes
 from graphopt.engine.lowering import lower
 from graphopt.engine.parts import PartsProgram, part_keys, part_sizes
 from graphopt.engine.program import Program
@@ -190,7 +191,7 @@ def _plan(
 ) -> Plan:
     """A plan that computes a whole batch at once."""
     types = graph.types_under(sizes)
-    works = lower(graph, types)
+    works = with_padded_planes(lower(graph, types))
     writer = _Writer(graph, threads, selection, like)
     for value in graph.inputs:
         kind = types[value]
@@ -265,8 +266,8 @@ class _Writer:
         shape = kind.shape
         if isinstance(work, KernelWork):
             operand = work.problem.outputs[work.outputs.index(value)]
-            grouped = operand.layout.group > 1
-            if grouped and math.prod(operand.memory) != math.prod(shape):
+            other = operand.layout.group > 1 or operand.layout.plane
+            if other and math.prod(operand.memory) != math.prod(shape):
                 shape = operand.memory
         self.builder.add_buffer(value, shape, kind.dtype)
 

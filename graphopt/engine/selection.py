@@ -193,7 +193,8 @@ def single_kernel(
 
 
 def _memory(operand: Operand) -> tuple[int, ...]:
-    return operand.memory if operand.layout.group > 1 else operand.shape
+    other = operand.layout.group > 1 or operand.layout.plane
+    return operand.memory if other else operand.shape
 
 
 def _sample(operand: Operand, generator: torch.Generator) -> torch.Tensor:

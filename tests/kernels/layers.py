@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,16 @@ def chain(*steps: tuple, extras: int = 0) -> Expression:
     for op, *rest in steps:
         value = builder.apply(op, value, *(others.get(operand, operand) for operand in rest))
     return builder.finish(value)
+
+
+def with_padded(problem: ConvolutionProblem, places: Sequence[int]) -> ConvolutionProblem:
+    """A convolution with padded planes of the inputs at ``places``, and at -1 of its result."""
+
+    def chosen(place: int, operand: Operand) -> Operand:
+        return operand.padded if place in places else operand
+
+    inputs = tuple(chosen(place, operand) for place, operand in enumerate(problem.inputs))
+    return replace(problem, inputs=inputs, outputs=(chosen(-1, problem.outputs[0]),))
 
 
 def check(

@@ -39,6 +39,15 @@ def problem(literal: object, shape: tuple[int, ...] = (3,)) -> PointwiseProblem:
     return PointwiseProblem(expression, (operand,), (operand,))
 
 
+def test_padded_planes() -> None:
+    operand = Operand.plain("float32", (2, 3, 7, 7)).padded
+    assert operand.memory == (2, 3, 64)
+    assert operand.strides == (3 * 64, 64, 7, 1)
+    assert operand.bytes == 2 * 3 * 64 * 4
+    assert Operand.plain("float32", (2, 3, 4, 8)).padded.memory == (2, 3, 32)
+    assert Operand.plain("float32", (2, 3, 16, 16)).padded.memory == (2, 3, 272)
+
+
 def test_keys_tell_apart_what_equality_does_not() -> None:
     keys = [problem(literal).key() for literal in (0.0, -0.0, 0, False)]
     assert len(set(keys)) == 4

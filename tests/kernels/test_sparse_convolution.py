@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import SETTINGS, Convolution, chain, check, check_overwriting, numbers, pruned
+from layers import (
+    SETTINGS,
+    Convolution,
+    chain,
+    check,
+    check_overwriting,
+    numbers,
+    pruned,
+    with_padded,
+)
 from support import execute
 from test_convolution import CASES as DENSE_CASES
 from test_convolution import EPILOGUES, SAME, cases
@@ -98,6 +107,39 @@ def test_panels_that_stay_in_the_image(rows: int, groups: int) -> None:
     weight = pruned(case.weight, 0.2, rows)
     assert all(one.schedule.pitch for one in sparse_candidates(case, weight))  # type: ignore[attr-defined]
     case.check(weight)
+
+
+PADDED = {
+    "14 x 14": (Convolution((1, 300, 14, 14), 21, (1, 1)), True),
+    "7 x 7": (Convolution((2, 60, 7, 7), 18, (1, 1), groups=2), True),
+    "16 x 16": (Convolution((1, 60, 16, 16), 9, (1, 1)), True),
+    "11 pixels": (Convolution((1, 60, 4 * LANES - 5), 9, (1,)), True),
+    "under a 3x3 kernel": (Convolution((1, 40, 7, 9), 19, (3, 3), padding=SAME), False),
+    "stride 2": (Convolution((2, 40, 14, 13), 10, (3, 3), stride=(2, 2), padding=SAME), False),
+}
+"""Convolutions, and whether their panels are not copied where planes are padded."""
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("places", [(0, 2, -1), (0,), (-1,)])
+def test_padded_planes(name: str, rows: int, places: tuple[int, ...]) -> None:
+    case, stays = PADDED[name]
+    x, weight = numbers(case.x), pruned(case.weight, 0.2, rows)
+    y = case.convolve(x, weight)
+    added = numbers(y.shape, 2)
+    problem = case.problem(
+        y.shape,
+        chain(("add", "e0"), ("relu",), extras=1),
+        [Operand.plain("float32", y.shape)],
+        zero_pattern(weight),
+    )
+    problem = with_padded(problem, places)
+    found = candidates(problem)
+    if 0 in places and stays and LANES == 16:
+        assert all(one.schedule.pitch for one in found)  # type: ignore[attr-defined]
+    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
+    check(problem, [x, weight, added], np.maximum(y + added, 0), magnitude, found=found)
 
 
 def test_panels_that_are_copied() -> None:

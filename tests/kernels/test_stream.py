@@ -25,7 +25,7 @@ def kernel(arguments, thread, begin, end):
     first_block = arguments[4] != 0
     target = arguments[5]
     p = words + 12
-    tile = multiply_stream(p, read(words, INT32), panel, tail, sums, first_block, SHAPE)
+    tile = multiply_stream(p, read(words, INT32), panel, tail, sums, first_block, SHIFT, SHAPE)
     store_sums(target, tile, SHAPE)
 """
 
@@ -44,7 +44,9 @@ def guarded(array: np.ndarray) -> tuple[GuardedBuffer, np.ndarray]:
 def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -> None:
     schedule = Schedule(rows, width, DEPTH, tail)
     shape = f"{rows}, {width}, {tail}, {schedule.sums_step}"
-    entry = source.build("stream_test", TEXT.replace("SHAPE", shape))
+    shift = schedule.tail_shift if tail else 0
+    text = TEXT.replace("SHIFT", str(shift)).replace("SHAPE", shape)
+    entry = source.build("stream_test", text)
     random = np.random.default_rng(0)
     lanes = width * LANES + tail
     for count in (0, 1, 3, 4, 5, 8, 14, DEPTH):
