@@ -48,6 +48,8 @@ _LINE = 64
 """Bytes of a cache line."""
 _SETS = 64
 """Sets of the first cache, as most CPUs have it."""
+_MOST_OFFSET = 2**31
+"""Bytes that a panel may span: a stream holds offsets in it in 32 bits."""
 _WORTH_SHARING_COLUMNS = 1.2
 """How many more products with rows taken together are made up for by fewer loads."""
 
@@ -159,6 +161,8 @@ def schedules(
     them are ``pitch`` bytes apart.
     """
     units = depth // unit
+    if pitch * depth >= _MOST_OFFSET:
+        pitch = 0
     for rows in NEIGHBOURS:
         if zeros.density(rows) > _WORTH_SHARING_COLUMNS * zeros.density(1):
             continue

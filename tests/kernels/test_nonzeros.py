@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import pruned
 
-from graphopt.kernels.nonzeros import Schedule, pack_streams
+from graphopt.kernels.nonzeros import Schedule, pack_streams, schedules
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.stream import VECTOR_BYTES
+from graphopt.kernels.zeros import zero_pattern
 
 
 @pytest.mark.skipif(LANES != 16, reason="shorter vectors have no tails")
@@ -21,6 +22,15 @@ def test_rows_of_a_tail(rows: int, width: int, depth: int, tail: int) -> None:
     np.testing.assert_array_equal(places, np.arange(depth) * schedule.tail_step)
     np.testing.assert_array_equal(places // 64, (places + 4 * tail - 1) // 64, "one cache line")
     assert schedule.tail_start + places[-1] + VECTOR_BYTES <= schedule.panel_bytes
+
+
+def test_offsets_in_panels_that_stay_have_32_bits() -> None:
+    zeros = zero_pattern(pruned((64, 512), 0.1))
+    assert zeros is not None
+    columns = 469 * 4 * 5 * 7 * 16
+    near = schedules(zeros, 511, columns, pitch=4 * columns)
+    assert all(one.pitch and one.depth * one.step < 2**31 for one in near)
+    assert not any(one.pitch for one in schedules(zeros, 512, columns, pitch=4 * columns))
 
 
 def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndarray) -> list[int]:
