@@ -27,7 +27,7 @@ def test_rows_of_a_tail(rows: int, width: int, depth: int, tail: int) -> None:
 def test_offsets_in_panels_that_stay_have_32_bits() -> None:
     zeros = zero_pattern(pruned((64, 512), 0.1))
     assert zeros is not None
-    columns = 469 * 4 * 5 * 7 * 16
+    columns = 16 * 65625
     near = schedules(zeros, 511, columns, pitch=4 * columns)
     assert all(one.pitch and one.depth * one.step < 2**31 for one in near)
     assert not any(one.pitch for one in schedules(zeros, 512, columns, pitch=4 * columns))

@@ -105,7 +105,8 @@ def test_a_residual_that_is_overwritten(x: tuple[int, ...], rows: int) -> None:
 def test_panels_that_stay_in_the_image(rows: int, groups: int) -> None:
     case = Convolution((2, 300, 3, 4 * LANES), 22, (1, 1), groups=groups)
     weight = pruned(case.weight, 0.2, rows)
-    assert all(one.schedule.pitch for one in sparse_candidates(case, weight))  # type: ignore[attr-defined]
+    stay = {one.schedule.pitch > 0 for one in sparse_candidates(case, weight)}  # type: ignore[attr-defined]
+    assert stay == {True} or LANES < 16, "narrow panels of short vectors are copied"
     case.check(weight)
 
 
