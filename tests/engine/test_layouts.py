@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from agreement import bound, largest_error
 from torch import Tensor, nn
 
 import graphopt
@@ -58,10 +60,11 @@ def padded(network: nn.Module, x: Tensor) -> int:
             for operand, value in zip(operands, (*work.inputs, *work.outputs), strict=True):
                 assert planes.setdefault(value, operand.layout.plane) == operand.layout.plane
     with torch.no_grad():
-        expected = network(x)
+        yardstick = network(x)
+        reference = copy.deepcopy(network).double()(x.double())
     for threads in (1, 2):
-        (result,) = compile_graph(graph, threads=threads).run(x)
-        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        results = compile_graph(graph, threads=threads).run(x)
+        assert largest_error(results, reference) <= bound(yardstick, reference)
     return sum(plane > 0 for plane in planes.values())
 
 

@@ -73,6 +73,15 @@ class GuardedBuffer:
         return np.lib.stride_tricks.as_strided(flat, operand.shape, strides)
 
 
+def guarded(array: np.ndarray, at_end: bool = True) -> tuple[GuardedBuffer, np.ndarray]:
+    """A buffer that holds a copy of an array, and the copy."""
+    operand = Operand.plain(str(array.dtype), array.shape)
+    buffer = GuardedBuffer(operand.bytes, at_end)
+    inside = buffer.array(operand)
+    inside[...] = array
+    return buffer, inside
+
+
 def solve(
     problem: Problem,
     inputs: Sequence[np.ndarray],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import GuardedBuffer, call
+from support import call, guarded
 
 from graphopt.kernels import source
-from graphopt.kernels.problem import ITEM_BYTES, Operand
+from graphopt.kernels.problem import ITEM_BYTES
 from graphopt.kernels.simd import LANES
 
 IMPORTS = """
@@ -23,14 +23,6 @@ def run(body: str, *arguments: int, imports: str = "") -> None:
     lines = [f"    {line}" for line in body.strip("\n").split("\n")]
     head = [IMPORTS + imports, "def kernel(arguments, thread, begin, end):"]
     call(source.build("simd_test", "\n".join([*head, *names, *lines, ""])), list(arguments))
-
-
-def guarded(array: np.ndarray, at_end: bool = True) -> tuple[GuardedBuffer, np.ndarray]:
-    operand = Operand.plain(str(array.dtype), array.shape)
-    buffer = GuardedBuffer(operand.bytes, at_end)
-    inside = buffer.array(operand)
-    inside[...] = array
-    return buffer, inside
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)

@@ -20,7 +20,7 @@ from support import execute
 from test_convolution import CASES as DENSE_CASES
 from test_convolution import EPILOGUES, SAME, cases
 
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.problem import ConvolutionProblem, Operand
 from graphopt.kernels.registry import Candidate, candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_convolution import SparseConvolutionCandidate
@@ -67,10 +67,11 @@ def test_any_shape(case: Convolution, density: float, rows: int) -> None:
     case.check(pruned(case.weight, density, rows))
 
 
-@pytest.mark.parametrize("name", TAILS)
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_tails(name: str, rows: int) -> None:
-    case = TAILS[name]
+def with_residual(
+    case: Convolution, rows: int
+) -> tuple[ConvolutionProblem, list[np.ndarray], np.ndarray, np.ndarray]:
+    """A pruned convolution to which something is added, then relu: the problem, its inputs, the
+    result and its magnitude."""
     x, weight = numbers(case.x), pruned(case.weight, 0.2, rows)
     y = case.convolve(x, weight)
     added = numbers(y.shape, 2)
@@ -80,18 +81,19 @@ def test_tails(name: str, rows: int) -> None:
         [Operand.plain("float32", y.shape)],
         zero_pattern(weight),
     )
+    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
+    return problem, [x, weight, added], np.maximum(y + added, 0), magnitude
+
+
+@pytest.mark.parametrize("name", TAILS)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_tails(name: str, rows: int) -> None:
+    problem, inputs, expected, magnitude = with_residual(TAILS[name], rows)
     found = [one for one in candidates(problem) if isinstance(one, SparseConvolutionCandidate)]
     assert LANES != 16 or all(one.schedule.tail for one in found)
     most = max(one.schedule.rows for one in found)
     blocked = min(found, key=lambda one: (one.schedule.rows != most, one.schedule.depth))
-    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
-    check(
-        problem,
-        [x, weight, added],
-        np.maximum(y + added, 0),
-        magnitude,
-        found=[blocked, found[-1]],
-    )
+    check(problem, inputs, expected, magnitude, found=[blocked, found[-1]])
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -126,21 +128,12 @@ PADDED = {
 @pytest.mark.parametrize("places", [(0, 2, -1), (0,), (-1,)])
 def test_padded_planes(name: str, rows: int, places: tuple[int, ...]) -> None:
     case, stays = PADDED[name]
-    x, weight = numbers(case.x), pruned(case.weight, 0.2, rows)
-    y = case.convolve(x, weight)
-    added = numbers(y.shape, 2)
-    problem = case.problem(
-        y.shape,
-        chain(("add", "e0"), ("relu",), extras=1),
-        [Operand.plain("float32", y.shape)],
-        zero_pattern(weight),
-    )
+    problem, inputs, expected, magnitude = with_residual(case, rows)
     problem = with_padded(problem, places)
     found = candidates(problem)
     if 0 in places and stays and LANES == 16:
         assert all(one.schedule.pitch for one in found)  # type: ignore[attr-defined]
-    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
-    check(problem, [x, weight, added], np.maximum(y + added, 0), magnitude, found=found)
+    check(problem, inputs, expected, magnitude, found=found)
 
 
 def test_panels_that_are_copied() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import GuardedBuffer, call
+from support import call, guarded
 
 from graphopt.kernels import source
 from graphopt.kernels.nonzeros import Schedule, pack_streams
-from graphopt.kernels.problem import Operand
 from graphopt.kernels.simd import LANES
 
 DEPTH = 23
@@ -28,14 +27,6 @@ def kernel(arguments, thread, begin, end):
     tile = multiply_stream(p, read(words, INT32), panel, tail, sums, first_block, SHIFT, SHAPE)
     store_sums(target, tile, SHAPE)
 """
-
-
-def guarded(array: np.ndarray) -> tuple[GuardedBuffer, np.ndarray]:
-    operand = Operand.plain(str(array.dtype), array.shape)
-    buffer = GuardedBuffer(operand.bytes)
-    inside = buffer.array(operand)
-    inside[...] = array
-    return buffer, inside
 
 
 @pytest.mark.parametrize("first_block", [True, False])
