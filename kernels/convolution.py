@@ -92,6 +92,12 @@ class Image:
     def pixels(self) -> int:
         return math.prod(self.out_size)
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether what lies under the kernel is the image itself."""
+        whole = self.start == (0, 0) and self.size == self.out_size
+        return whole and self.kernel == self.stride == (1, 1)
+
 
 @dataclass(frozen=True)
 class _Blocking:
@@ -290,8 +296,7 @@ def image_of(problem: ConvolutionProblem, padded: bool = False) -> Image | None:
         y.layout.plane or math.prod(y.shape[2:]),
     )
     # Without gaps and padding the pixels of an image are one long row.
-    dense = image.kernel == image.stride == (1, 1) and start == (0, 0)
-    if dense and image.size == image.out_size:
+    if image.is_pointwise:
         row = (1, image.pixels)
         image = replace(image, size=row, out_size=row)
     return image

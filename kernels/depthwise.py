@@ -220,9 +220,9 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         strip = min(_STRIPS, key=lambda rows: _strip_cycles(image, rows))
         seconds = _strip_cycles(image, strip) / CYCLES_PER_SECOND
         return [StripCandidate(f"depthwise {strip} rows", problem, seconds, image, strip)]
+    if image_of(problem) is None:
+        return []  # windows know of no padded planes
     found: list[Candidate] = []
-    if any(operand.layout.plane for operand in (problem.inputs[0], problem.outputs[0])):
-        return found
     for rows in _WINDOW_STRIPS if image.out_size[0] > 1 else (1,):
         windows = Windows(
             image.batch,

@@ -44,6 +44,55 @@ def _alignment(vector: Vector) -> ir.Constant:
     return ir.Constant(ir.IntType(32), max(vector.bits // 8, 1))
 
 
+def int64_constant(value: int) -> ir.Constant:
+    return ir.Constant(ir.IntType(64), value)
+
+
+class VectorMemory:
+    """Vectors of one type in memory, while code is generated."""
+
+    def __init__(self, builder: ir.IRBuilder, vector: Vector) -> None:
+        self.builder = builder
+        self.vector = vector
+        self.bytes = vector.lanes * vector.bits // 8
+        self.alignment = vector.bits // 8
+
+    def at(self, address: ir.Value, row: int, row_bytes: ir.Value, offset: int = 0) -> ir.Value:
+        """The address ``row`` rows and ``offset`` bytes further."""
+        moved = self.builder.add(address, self.builder.mul(row_bytes, int64_constant(row)))
+        return self.builder.add(moved, int64_constant(offset)) if offset else moved
+
+    def load(self, address: ir.Value) -> Register:
+        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
+        value = self.builder.load(pointer, align=self.alignment)
+        return Register(self.builder, self.vector, value)
+
+    def store(self, address: ir.Value, value: Register) -> None:
+        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
+        self.builder.store(value.value, pointer, align=self.alignment)
+
+    def load_masked(self, address: ir.Value, mask: ir.Value) -> Register:
+        zero = ir.Constant(self.vector.llvm, None)
+        value = self._masked("load", self.vector.llvm, [], address, [mask, zero])
+        return Register(self.builder, self.vector, value)
+
+    def store_masked(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
+        self._masked("store", ir.VoidType(), [value.value], address, [mask])
+
+    def _masked(
+        self, verb: str, result: ir.Type, first: list, address: ir.Value, last: list
+    ) -> Any:
+        name = f"llvm.masked.{verb}.v{self.vector.lanes}f{self.vector.bits}.p0"
+        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
+        alignment = ir.Constant(ir.IntType(32), self.alignment)
+        return call(self.builder, name, result, [*first, pointer, alignment, *last])
+
+    def broadcast(self, address: ir.Value) -> Register:
+        """The number at ``address`` in every lane."""
+        pointer = self.builder.inttoptr(address, self.vector.llvm_element.as_pointer())
+        return splat(self.builder, self.vector, self.builder.load(pointer, align=self.alignment))
+
+
 @intrinsic
 def load(typing: Any, address: Any, vector: Any) -> Any:
     """The vector at ``address``: ``load(address, FLOAT32)``."""

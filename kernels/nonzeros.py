@@ -25,12 +25,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graphopt.kernels import tile
 from graphopt.kernels.loops import indent
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.stream import FOUR, VECTOR_BYTES
+from graphopt.kernels.stream import FOUR, LINE, VECTOR_BYTES
 from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
+
+VOCABULARY = (*tile.VOCABULARY, "stream")
+"""Modules whose names the kernels use that multiply streams."""
 
 _FIRST_CACHE = 26 * 1024
 """Bytes of a panel that stay in the first cache, beside what else passes through it."""
@@ -44,8 +48,6 @@ _TAILS = (4, 8) if LANES == 16 else ()
 """Lanes of vectors that cost half of a whole one."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
-_LINE = 64
-"""Bytes of a cache line."""
 _SETS = 64
 """Sets of the first cache, as most CPUs have it."""
 _MOST_OFFSET = 2**31
@@ -193,11 +195,11 @@ def _stays(width: int, tail: int, vectors: int, pitch: int) -> bool:
     They are all whole, and rows start on cache lines, not always on those of the same few sets of
     the first cache.
     """
-    lines, rest = divmod(pitch, _LINE)
+    lines, rest = divmod(pitch, LINE)
     if rest or vectors % width or pitch < (vectors + (tail > 0)) * VECTOR_BYTES:
         return False
     places = _SETS // math.gcd(lines, _SETS)
-    return places * (width + (tail > 0)) * VECTOR_BYTES >= _SETS * _LINE
+    return places * (width + (tail > 0)) * VECTOR_BYTES >= _SETS * LINE
 
 
 def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: int) -> float:
@@ -274,8 +276,13 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
 # -- the kernel ----------------------------------------------------------------------------------
 
 
-def sums_of(schedule: Schedule, tail: bool) -> str:
-    """The last arguments of `multiply_stream` and `store_sums`; ``tail`` for a panel with one."""
+def wait_line(schedule: Schedule, tail: bool) -> str:
+    """The line that stores ``tile`` at ``sums``; ``tail`` for a panel with one."""
+    return f"store_sums(sums, tile, {_shape(schedule, tail)})"
+
+
+def _shape(schedule: Schedule, tail: bool) -> str:
+    """The last arguments of `multiply_stream` and `store_sums`."""
     lanes = schedule.tail if tail else 0
     return f"{schedule.rows}, {schedule.width}, {lanes}, {schedule.sums_step}"
 
@@ -308,7 +315,7 @@ def _product_lines(
     shift = schedule.tail_shift if tail else 0
     parts = {
         "before": before,
-        "multiply": [f"tile = multiply_stream({operands}, {shift}, {sums_of(schedule, tail)})"],
+        "multiply": [f"tile = multiply_stream({operands}, {shift}, {_shape(schedule, tail)})"],
         "finish": finish,
     }
     sizes = {"SUMS": schedule.rows * schedule.sums_step, "ENTRY": 4 + 4 * schedule.rows}

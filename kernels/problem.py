@@ -73,6 +73,11 @@ class Layout:
         lines += lines % 8 == 0
         return Layout(dtype, tuple(range(len(shape))), plane=lines * PIXELS)
 
+    @property
+    def is_rearranged(self) -> bool:
+        """Whether memory has another shape than the tensor in it: in groups, or padded."""
+        return self.group > 1 or self.plane > 0
+
     def memory(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the memory of a tensor of that shape, outermost dimension first.
 
@@ -110,7 +115,7 @@ class Layout:
         """Memory that a tensor of that shape spans."""
         if 0 in shape:
             return 0
-        if self.group > 1 or self.plane:
+        if self.is_rearranged:
             return math.prod(self.memory(shape)) * ITEM_BYTES[self.dtype]
         steps = zip(shape, self.strides(shape), strict=True)
         return (1 + sum((size - 1) * stride for size, stride in steps)) * ITEM_BYTES[self.dtype]

@@ -23,12 +23,13 @@ from graphopt.kernels.convolution import (
 )
 from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.nonzeros import (
+    VOCABULARY,
     Schedule,
     pack_streams,
     product_cycles,
     product_lines,
     schedules,
-    sums_of,
+    wait_line,
 )
 from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem
 from graphopt.kernels.registry import (
@@ -46,7 +47,6 @@ from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     VECTORS_PER_CYCLE,
-    VOCABULARY,
     WORTH_SHARING,
     Epilogue,
     fill,
@@ -111,7 +111,7 @@ class SparseConvolutionCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         block, epilogue = self._arguments()
         name = f"sparse_convolution_{self.schedule.rows}x{self.schedule.width}"
-        text = kernel_text(block, _lines(self.schedule, epilogue), (*VOCABULARY, "stream"))
+        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
@@ -150,7 +150,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         return []
     found: list[Candidate] = []
     depth = image.channels * image.taps
-    pitch = 4 * image.plane if _is_pointwise(image) else 0
+    pitch = 4 * image.plane if image.is_pointwise else 0
     for schedule in schedules(
         weight.zeros, depth, image.pixels, image.taps, image.out_size[1], pitch
     ):
@@ -158,12 +158,6 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         seconds = _cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
         found.append(SparseConvolutionCandidate(name, problem, seconds, image, schedule))
     return found
-
-
-def _is_pointwise(image: Image) -> bool:
-    """Whether what lies under the kernel is the image itself."""
-    same = image.size == image.out_size and image.start == (0, 0)
-    return same and image.taps == 1 and image.stride == (1, 1)
 
 
 def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
@@ -219,7 +213,7 @@ def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[st
         partial = epilogue.tile_lines(rows, vectors, whole=0)
         store = [f"if columns >= {width} * LANES:", *indent(1, store), "else:", *indent(1, partial)]
     parts = {
-        "wait": [f"store_sums(sums, tile, {sums_of(schedule, tail)})"],
+        "wait": [wait_line(schedule, tail)],
         "starts": epilogue_starts(epilogue),
         "take": [f"{', '.join(names)} = tile"],
         "store": store,

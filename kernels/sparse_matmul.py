@@ -22,12 +22,13 @@ from graphopt.kernels.matmul import (
     product_offsets,
 )
 from graphopt.kernels.nonzeros import (
+    VOCABULARY,
     Schedule,
     pack_streams,
     product_cycles,
     product_lines,
     schedules,
-    sums_of,
+    wait_line,
 )
 from graphopt.kernels.problem import ConstantOperand, MatmulProblem
 from graphopt.kernels.registry import (
@@ -43,7 +44,6 @@ from graphopt.kernels.registry import (
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
-    VOCABULARY,
     WORTH_SHARING,
     Epilogue,
     epilogue_supported,
@@ -101,7 +101,7 @@ class SparseMatmulCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         block, epilogue = self._arguments()
         name = f"sparse_matmul_{self.schedule.rows}x{self.schedule.width}"
-        text = kernel_text(block, _lines(self.schedule, epilogue), (*VOCABULARY, "stream"))
+        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
@@ -186,8 +186,8 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
         "pack_tail": fill(_PACK_TAIL, {}, sizes) if schedule.tail else [],
         "product": product_lines(
             schedule,
-            [f"store_sums(sums, tile, {sums_of(schedule, tail=False)})"],
-            finish_tail=[f"store_sums(sums, tile, {sums_of(schedule, tail=True)})"],
+            [wait_line(schedule, tail=False)],
+            finish_tail=[wait_line(schedule, tail=True)],
         ),
         "epilogue": [*starts, *epilogue.lines()],
     }

@@ -15,15 +15,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from graphopt.kernels.memory import fetch_ahead
-from graphopt.kernels.register import FEATURES, FLOAT32, LANES, Register, Vector, splat
+from graphopt.kernels.memory import VectorMemory, fetch_ahead, int64_constant
+from graphopt.kernels.register import FEATURES, FLOAT32, LANES, Register, Vector
 
 VECTOR_BYTES = 4 * LANES
 FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
-_LINE = 64
+LINE = 64
+"""Bytes of a cache line."""
 
 _INT64 = ir.IntType(64)
 
@@ -95,9 +96,11 @@ class _Tile:
         self.builder = builder
         self.rows = rows
         self.width = width
-        self.kinds = [FLOAT32] * width
+        self.whole = VectorMemory(builder, FLOAT32)
+        self.four = VectorMemory(builder, Vector(types.float32, FOUR))
+        self.memories = [self.whole] * width
         if tail_lanes:
-            self.kinds.append(Vector(types.float32, tail_lanes))
+            self.memories.append(VectorMemory(builder, Vector(types.float32, tail_lanes)))
         self.sums_step = sums_step
         self.sums: list[list[ir.Value]] = []
 
@@ -106,19 +109,15 @@ class _Tile:
         builder = self.builder
         self.sums = [
             [
-                cgutils.alloca_once_value(builder, ir.Constant(kind.llvm, None))
-                for kind in self.kinds
+                cgutils.alloca_once_value(builder, ir.Constant(memory.vector.llvm, None))
+                for memory in self.memories
             ]
             for _ in range(self.rows)
         ]
-        with builder.if_else(first_block) as (zero, resume):
-            with zero:
-                for place, _, vector in self._places():
-                    builder.store(ir.Constant(self.kinds[vector].llvm, None), place)
-            with resume:
-                for place, row, vector in self._places():
-                    address = self._plus(sums, row * self.sums_step + vector * VECTOR_BYTES)
-                    builder.store(self._load(address, self.kinds[vector]).value, place)
+        with builder.if_then(builder.not_(first_block)):
+            for place, row, vector in self._places():
+                known = self.memories[vector].load(self._sum_at(sums, row, vector))
+                builder.store(known.value, place)
 
     def multiply(
         self, begin: ir.Value, count: ir.Value, panel: ir.Value, tail: ir.Value, shift: int
@@ -130,14 +129,14 @@ class _Tile:
             offset = self._offset(place)
             start = self._plus(panel, offset)
             addresses = [self._plus(start, number * VECTOR_BYTES) for number in range(self.width)]
-            addresses.append(self._plus(tail, builder.ashr(offset, _number(shift))))
+            addresses.append(self._plus(tail, builder.ashr(offset, int64_constant(shift))))
             self._add_products(addresses, weights)
 
         entry = 4 + 4 * self.rows
-        end = self._plus(begin, builder.mul(count, _number(entry)))
-        fours = builder.and_(count, _number(-FOUR))
-        last_four = self._plus(begin, builder.mul(fours, _number(entry)))
-        with self._walk(self._plus(begin, _AHEAD), self._plus(end, _AHEAD), _LINE) as line:
+        end = self._plus(begin, builder.mul(count, int64_constant(entry)))
+        fours = builder.and_(count, int64_constant(-FOUR))
+        last_four = self._plus(begin, builder.mul(fours, int64_constant(entry)))
+        with self._walk(self._plus(begin, _AHEAD), self._plus(end, _AHEAD), LINE) as line:
             fetch_ahead(builder, line)
         with self._walk(begin, last_four, FOUR * entry) as p:
             weights = [
@@ -147,34 +146,37 @@ class _Tile:
                 spread = [_repeat_lane(weight, lane) for weight in weights]
                 multiply_column(self._plus(p, 4 * lane), spread)
         with self._walk(last_four, end, entry) as p:
-            weights = [self._broadcast(self._plus(p, 4 + 4 * row)) for row in range(self.rows)]
+            weights = [self.whole.broadcast(self._plus(p, 4 + 4 * row)) for row in range(self.rows)]
             multiply_column(p, weights)
 
     def results(self) -> list[ir.Value]:
         """The sums, all of whole vectors."""
-        return [
-            Register(self.builder, self.kinds[vector], self.builder.load(place)).resize(LANES).value
-            for place, _, vector in self._places()
-        ]
+        return [self._sum(row, vector).resize(LANES).value for _, row, vector in self._places()]
 
     def store(self, sums: ir.Value, made: list[Register]) -> None:
         """Store what `results` gave, a row ``sums_step`` after the other."""
         for number, register in enumerate(made):
-            row, vector = divmod(number, len(self.kinds))
-            narrow = register.resize(self.kinds[vector].lanes)
-            address = self._plus(sums, row * self.sums_step + vector * VECTOR_BYTES)
-            pointer = self.builder.inttoptr(address, narrow.type.llvm.as_pointer())
-            self.builder.store(narrow.value, pointer, align=4)
+            row, vector = divmod(number, len(self.memories))
+            memory = self.memories[vector]
+            narrow = register.resize(memory.vector.lanes)
+            memory.store(self._sum_at(sums, row, vector), narrow)
 
     def _add_products(self, addresses: list[ir.Value], weights: list[Register]) -> None:
         """Add a row of the panel, whose vectors are at ``addresses``, times the weights."""
-        builder = self.builder
-        for vector, (kind, address) in enumerate(zip(self.kinds, addresses, strict=False)):
-            value = self._load(address, kind)
+        for vector, (memory, address) in enumerate(zip(self.memories, addresses, strict=False)):
+            value = memory.load(address)
             for row, weight in enumerate(weights):
-                place = self.sums[row][vector]
-                known = Register(builder, kind, builder.load(place))
-                builder.store(value.fma(weight.resize(kind.lanes), known).value, place)
+                factor = weight.resize(memory.vector.lanes)
+                total = value.fma(factor, self._sum(row, vector))
+                self.builder.store(total.value, self.sums[row][vector])
+
+    def _sum(self, row: int, vector: int) -> Register:
+        place = self.sums[row][vector]
+        return Register(self.builder, self.memories[vector].vector, self.builder.load(place))
+
+    def _sum_at(self, sums: ir.Value, row: int, vector: int) -> ir.Value:
+        """Where a sum waits."""
+        return self._plus(sums, row * self.sums_step + vector * VECTOR_BYTES)
 
     def _places(self) -> Iterator[tuple[ir.Value, int, int]]:
         """Where each sum is kept, with its row and its vector."""
@@ -185,33 +187,22 @@ class _Tile:
     @contextmanager
     def _walk(self, begin: ir.Value, end: ir.Value, step: int) -> Iterator[ir.Value]:
         """A loop over the addresses from ``begin`` on, before ``end``."""
-        with cgutils.for_range_slice(self.builder, begin, end, _number(step)) as (address, _):
+        loop = cgutils.for_range_slice(self.builder, begin, end, int64_constant(step))
+        with loop as (address, _):
             yield address
 
     def _plus(self, address: ir.Value, offset: ir.Value | int) -> ir.Value:
-        more = _number(offset) if isinstance(offset, int) else offset
+        more = int64_constant(offset) if isinstance(offset, int) else offset
         return self.builder.add(address, more)
-
-    def _pointer(self, address: ir.Value, pointee: ir.Type) -> ir.Value:
-        return self.builder.inttoptr(address, pointee.as_pointer())
-
-    def _load(self, address: ir.Value, kind: Vector) -> Register:
-        value = self.builder.load(self._pointer(address, kind.llvm), align=4)
-        return Register(self.builder, kind, value)
 
     def _offset(self, address: ir.Value) -> ir.Value:
         """The offset of a column, of 32 bits."""
-        value = self.builder.load(self._pointer(address, ir.IntType(32)), align=4)
-        return self.builder.sext(value, _INT64)
-
-    def _broadcast(self, address: ir.Value) -> Register:
-        value = self.builder.load(self._pointer(address, ir.FloatType()), align=4)
-        return splat(self.builder, FLOAT32, value)
+        pointer = self.builder.inttoptr(address, ir.IntType(32).as_pointer())
+        return self.builder.sext(self.builder.load(pointer, align=4), _INT64)
 
     def _load_repeated(self, address: ir.Value) -> Register:
         """The four numbers at ``address`` again and again."""
-        loaded = self._load(address, Vector(types.float32, FOUR))
-        repeated = loaded.shuffle([lane % FOUR for lane in range(LANES)])
+        repeated = self.four.load(address).shuffle([lane % FOUR for lane in range(LANES)])
         if "avx512f" in FEATURES:
             # Else LLVM loads each number again, and loads are what such loops wait for.
             repeated = repeated.llvm("llvm.arithmetic.fence")
@@ -222,7 +213,3 @@ def _repeat_lane(repeated: Register, lane: int) -> Register:
     """The number ``lane`` of four that are repeated in every lane."""
     # Each four lanes are shuffled among themselves, which is cheapest.
     return repeated.shuffle([start + lane for start in range(0, LANES, FOUR) for _ in range(FOUR)])
-
-
-def _number(value: int) -> ir.Constant:
-    return ir.Constant(_INT64, value)

@@ -21,9 +21,9 @@ from numba.extending import intrinsic
 from graphopt.kernels.emission import emit, unsupported
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import broadcast_strides, indent
-from graphopt.kernels.memory import fetch_ahead, first_lanes
+from graphopt.kernels.memory import VectorMemory, fetch_ahead, first_lanes, int64_constant
 from graphopt.kernels.problem import ITEM_BYTES, Operand
-from graphopt.kernels.register import LANES, Register, Vector, call, splat
+from graphopt.kernels.register import LANES, Register, Vector
 
 CYCLES_PER_SECOND = 3.5e9
 VECTORS_PER_CYCLE = 1 if LANES == 16 else 2
@@ -40,8 +40,6 @@ _AHEAD = 8192
 """Bytes of ``a`` that are fetched in advance: its order in memory crosses pages too often for the
 CPU to do so, and weights come from the main memory once per inference.
 """
-
-_INT64 = ir.IntType(64)
 
 
 @dataclass(frozen=True)
@@ -71,51 +69,6 @@ VOCABULARY = ("elementary", "panel", "simd", "tile")
 
 TILES = (TileShape(8, 3), TileShape(6, 4)) if LANES == 16 else (TileShape(4, 3), TileShape(6, 2))
 """Shapes whose accumulators and columns fit the registers."""
-
-
-def _number(value: int) -> ir.Constant:
-    return ir.Constant(_INT64, value)
-
-
-class _Memory:
-    """Vectors of one type in memory, while code is generated."""
-
-    def __init__(self, builder: ir.IRBuilder, vector: Vector) -> None:
-        self.builder = builder
-        self.vector = vector
-        self.bytes = vector.lanes * vector.bits // 8
-        self.alignment = vector.bits // 8
-
-    def at(self, address: ir.Value, row: int, row_bytes: ir.Value, offset: int = 0) -> ir.Value:
-        """The address ``row`` rows and ``offset`` bytes further."""
-        moved = self.builder.add(address, self.builder.mul(row_bytes, _number(row)))
-        return self.builder.add(moved, _number(offset)) if offset else moved
-
-    def load(self, address: ir.Value) -> Register:
-        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
-        value = self.builder.load(pointer, align=self.alignment)
-        return Register(self.builder, self.vector, value)
-
-    def load_masked(self, address: ir.Value, mask: ir.Value) -> Register:
-        zero = ir.Constant(self.vector.llvm, None)
-        value = self._masked("load", self.vector.llvm, [], address, [mask, zero])
-        return Register(self.builder, self.vector, value)
-
-    def store_masked(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
-        self._masked("store", ir.VoidType(), [value.value], address, [mask])
-
-    def _masked(
-        self, verb: str, result: ir.Type, first: list, address: ir.Value, last: list
-    ) -> Any:
-        name = f"llvm.masked.{verb}.v{self.vector.lanes}f{self.vector.bits}.p0"
-        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
-        alignment = ir.Constant(ir.IntType(32), self.alignment)
-        return call(self.builder, name, result, [*first, pointer, alignment, *last])
-
-    def broadcast(self, address: ir.Value) -> Register:
-        """The number at ``address`` in every lane."""
-        pointer = self.builder.inttoptr(address, self.vector.llvm_element.as_pointer())
-        return splat(self.builder, self.vector, self.builder.load(pointer, align=self.alignment))
 
 
 @intrinsic(prefer_literal=True)
@@ -158,7 +111,7 @@ def multiply_tile(
         for name, numba in zip(_MULTIPLY_OPERANDS, sig.args, strict=False):
             wanted = types.boolean if name == "accumulate" else types.int64
             named[name] = context.cast(builder, named[name], numba, wanted)
-        tile = _Tile(_Memory(builder, kind), *shape, named, extended)
+        tile = _Tile(VectorMemory(builder, kind), *shape, named, extended)
         tile.multiply(whole)
         tile.store()
         return context.get_dummy_value()
@@ -180,7 +133,7 @@ class _Tile:
 
     def __init__(
         self,
-        memory: _Memory,
+        memory: VectorMemory,
         height: int,
         width: int,
         operands: dict[str, ir.Value],
@@ -205,12 +158,14 @@ class _Tile:
         with cgutils.for_range(builder, given["depth"]) as loop:
             step = builder.add(given["b"], builder.mul(loop.index, given["b_step"]))
             b = [
-                memory.load(builder.add(step, _number(column * memory.bytes)))
+                memory.load(builder.add(step, int64_constant(column * memory.bytes)))
                 for column in range(self.width)
             ]
             offset = builder.mul(loop.index, given["a_step"])
             if padded:
-                fetch_ahead(builder, builder.add(builder.add(starts[0], offset), _number(_AHEAD)))
+                fetch_ahead(
+                    builder, builder.add(builder.add(starts[0], offset), int64_constant(_AHEAD))
+                )
             for row in range(self.height):
                 factor = memory.broadcast(builder.add(starts[row], offset))
                 for column in range(self.width):
@@ -222,9 +177,9 @@ class _Tile:
 
     def _row_start(self, row: int, padded: bool) -> ir.Value:
         builder, given = self.builder, self.operands
-        number: ir.Value = _number(row)
+        number: ir.Value = int64_constant(row)
         if not padded:
-            last = builder.sub(given["rows"], _number(1))
+            last = builder.sub(given["rows"], int64_constant(1))
             number = builder.select(builder.icmp_signed("<", number, last), number, last)
         return builder.add(given["a"], builder.mul(number, given["a_row"]))
 
@@ -234,7 +189,7 @@ class _Tile:
         masks = [self._columns(column) for column in range(self.width)]
         none = ir.Constant(masks[0].type, None)
         for row in range(self.height):
-            exists = builder.icmp_signed("<", _number(row), given["rows"])
+            exists = builder.icmp_signed("<", int64_constant(row), given["rows"])
             for column in range(self.width):
                 address = memory.at(given["c"], row, given["c_row"], column * memory.bytes)
                 mask = builder.select(exists, masks[column], none)
@@ -242,13 +197,13 @@ class _Tile:
                 sum = Register(builder, memory.vector, builder.load(self.sums[row][column]))
                 memory.store_masked(address, sum + known, mask)
         if self.column is not None:
-            offset = _number(self.width * memory.bytes)
+            offset = int64_constant(self.width * memory.bytes)
             self.column.store(builder.add(given["c"], offset))
 
     def _columns(self, column: int) -> ir.Value:
         """The mask of a vector's columns that exist."""
         vector = self.memory.vector
-        first = _number(column * vector.lanes)
+        first = int64_constant(column * vector.lanes)
         left = self.builder.sub(self.operands["columns"], first)
         return first_lanes(self.builder, vector, left).value
 
@@ -257,7 +212,7 @@ class _Column:
     """One more column of a tile, whose rows are in the lanes of a vector of their own."""
 
     def __init__(self, builder: ir.IRBuilder, height: int, operands: dict[str, ir.Value]) -> None:
-        self.memory = _Memory(builder, Vector(types.float32, height))
+        self.memory = VectorMemory(builder, Vector(types.float32, height))
         self.builder = builder
         self.operands = operands
         self.sum = cgutils.alloca_once_value(builder, ir.Constant(self.memory.vector.llvm, None))
@@ -265,7 +220,7 @@ class _Column:
     def add(self, a: ir.Value, step: ir.Value) -> None:
         """Add the product of the rows at ``a`` with the column's number of that step."""
         builder, memory = self.builder, self.memory
-        place = builder.add(self.operands["column"], builder.mul(step, _number(4)))
+        place = builder.add(self.operands["column"], builder.mul(step, int64_constant(4)))
         known = Register(builder, memory.vector, builder.load(self.sum))
         builder.store(memory.load(a).fma(memory.broadcast(place), known).value, self.sum)
 
@@ -273,7 +228,7 @@ class _Column:
         """Store the rows that exist, or add them to what is at ``c`` and below."""
         builder, given = self.builder, self.operands
         for row in range(self.memory.vector.lanes):
-            with builder.if_then(builder.icmp_signed("<", _number(row), given["rows"])):
+            with builder.if_then(builder.icmp_signed("<", int64_constant(row), given["rows"])):
                 address = self.memory.at(c, row, given["c_row"])
                 pointer = builder.inttoptr(address, ir.FloatType().as_pointer())
                 own = builder.extract_element(

@@ -61,7 +61,7 @@ def _operands(work: KernelWork) -> list[tuple[Operand, Value | Derived]]:
 
 
 def _padded(work: KernelWork, value: Value) -> KernelWork | None:
-    """A work with padded planes of a value; None where that cannot be or needs no padding."""
+    """A work with padded planes of a value; None where there are none or they need no padding."""
     problem = work.problem
     if not isinstance(problem, ConvolutionProblem):
         return None
@@ -74,9 +74,9 @@ def _padded(work: KernelWork, value: Value) -> KernelWork | None:
         operands.append(operand.padded if one is value else operand)
     inputs, outputs = operands[: len(work.inputs)], operands[len(work.inputs) :]
     problem = replace(problem, inputs=tuple(inputs), outputs=tuple(outputs))
-    return replace(work, problem=problem) if candidates(problem) else None
+    return replace(work, problem=problem)
 
 
 def _seconds(problem: Problem) -> float:
-    """What the family that expects to be fastest expects."""
+    """What the family that expects to be fastest expects; for ever if none solves the problem."""
     return min((one.estimate for one in candidates(problem)), default=math.inf)

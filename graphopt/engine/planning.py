@@ -266,8 +266,7 @@ class _Writer:
         shape = kind.shape
         if isinstance(work, KernelWork):
             operand = work.problem.outputs[work.outputs.index(value)]
-            other = operand.layout.group > 1 or operand.layout.plane
-            if other and math.prod(operand.memory) != math.prod(shape):
+            if operand.layout.is_rearranged and math.prod(operand.memory) != math.prod(shape):
                 shape = operand.memory
         self.builder.add_buffer(value, shape, kind.dtype)
 

@@ -193,8 +193,7 @@ def single_kernel(
 
 
 def _memory(operand: Operand) -> tuple[int, ...]:
-    other = operand.layout.group > 1 or operand.layout.plane
-    return operand.memory if other else operand.shape
+    return operand.memory if operand.layout.is_rearranged else operand.shape
 
 
 def _sample(operand: Operand, generator: torch.Generator) -> torch.Tensor:
