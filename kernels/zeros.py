@@ -33,6 +33,13 @@ class ZeroPattern:
         """The fraction of groups of ``rows`` neighbours along dimension 0 that are not zero."""
         return self.densities[NEIGHBOURS.index(rows)]
 
+    def typical(self) -> ZeroPattern:
+        """What is the same for all patterns of about as many zeros, whose neighbours share them
+        about as much."""
+        density = float(f"{self.densities[0]:.2g}")
+        shared = (round(one / max(self.densities[0], 1e-9)) for one in self.densities)
+        return ZeroPattern("", tuple(density * ratio for ratio in shared))
+
 
 def zero_pattern(array: np.ndarray) -> ZeroPattern | None:
     """The pattern of an array's zeros; None where they are too few to be skipped."""

@@ -165,7 +165,7 @@ def compile_graph(
         return whole
     plans = [whole, *(_repeated(plan({name: count}), sizes) for count in parts)]
     inputs = random_inputs(whole.run)
-    times = selecting.least_times([(one.run, inputs) for one in plans], TURNS_OF_PARTS)
+    times = selecting.least_times([(one.run, [inputs]) for one in plans], TURNS_OF_PARTS)
     selecting.remember(dict(zip(keys, times, strict=True)))
     selecting.save()
     return plans[times.index(min(times))]

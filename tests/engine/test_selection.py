@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from graphopt.engine import selection
-from graphopt.engine.selection import Selection, contenders, decide, measure
+from graphopt.engine.selection import Selection, contenders, decide, least_times, measure
 from graphopt.errors import SelectionError
 from graphopt.kernels.problem import ConstantOperand, Layout, MatmulProblem, Operand
 from graphopt.kernels.registry import Candidate, Step, candidates
+from graphopt.kernels.zeros import zero_pattern
 
 MEASURED = Selection(measure=True)
 PROBLEM = MatmulProblem(
@@ -93,6 +94,43 @@ def test_equal_problems_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> No
     for timed in (first, second):
         assert decide(timed, [None, WEIGHT], 2).kernel == "b"
     assert len(calls) == 1
+
+
+def test_weights_with_as_many_zeros_share_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pruned(seed: int, density: float) -> MatmulProblem:
+        weight = WEIGHT.copy()
+        order = np.random.default_rng(seed).permutation(weight.size)
+        weight.flat[order[round(density * weight.size) :]] = 0
+        constant = replace(PROBLEM.inputs[1], zeros=zero_pattern(weight))
+        return replace(PROBLEM, inputs=(PROBLEM.inputs[0], constant))
+
+    calls = 0
+    for seed, density, count in ((1, 0.2, 1), (2, 0.2, 1), (3, 0.201, 1), (4, 0.3, 2)):
+        problem = pruned(seed, density)
+        found = [replace(one, problem=problem) for one in known_candidates()]
+        monkeypatch.setattr(selection, "candidates", lambda problem, found=found: found)
+
+        def made_up(*given: object) -> list[float]:
+            nonlocal calls
+            calls += 1
+            return [2.0, 1.0]
+
+        monkeypatch.setattr(selection, "measure", made_up)
+        assert choose(problem, [None, WEIGHT], 2, MEASURED).kernel == "b"
+        assert calls == count
+
+
+def known_candidates() -> list[Named]:
+    return [Named("a", PROBLEM, 1.0), Named("b", PROBLEM, 1.5)]
+
+
+def test_sets_of_inputs_take_turns() -> None:
+    seen: list[int] = []
+    times = least_times([(seen.append, [[1], [2], [3]])], turns=2)  # type: ignore[list-item]
+    assert len(times) == 1
+    assert times[0] > 0
+    # The first call of all does not count, and each turn begins with the first set.
+    assert seen[:5] == [1, 1, 2, 3, 1]
 
 
 def test_nothing_solves_it(monkeypatch: pytest.MonkeyPatch) -> None:

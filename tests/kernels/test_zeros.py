@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,3 +41,21 @@ def test_few_zeros_are_no_pattern() -> None:
     assert zero_pattern(np.float32([[0, 1, 1]] * 3)) is None
     assert zero_pattern(np.zeros(4, np.float32)) is None
     assert zero_pattern(np.zeros((0, 4), np.float32)) is None
+
+
+def test_what_patterns_have_in_common() -> None:
+    def densities(density: float, rows: int = 1, seed: int = 1) -> tuple[float, ...]:
+        groups = np.zeros((256 // rows, 90), np.float32)
+        order = np.random.default_rng(seed).permutation(groups.size)
+        groups.flat[order[: round(density * groups.size)]] = 1
+        pattern = zero_pattern(np.repeat(groups, rows, axis=0))
+        assert pattern is not None
+        assert pattern.typical().digest == ""
+        return pattern.typical().densities
+
+    assert densities(0.1) == densities(0.1, seed=2) == densities(0.101)
+    assert densities(0.1) == pytest.approx((0.1, 0.2, 0.3))
+    assert densities(0.1, rows=2) == pytest.approx((0.1, 0.1, 0.2))
+    assert densities(0.1, rows=4) == pytest.approx((0.1, 0.1, 0.1))
+    assert densities(0.13) == pytest.approx((0.13, 0.26, 0.39))
+    assert densities(0) == (0, 0, 0)
