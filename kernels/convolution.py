@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graphopt.kernels import matmul, source
+from graphopt.kernels import matmul, panel, source
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.problem import (
     ConstantOperand,
@@ -180,6 +180,7 @@ class ConvolutionCandidate(Candidate):
         plane, out_plane = 4 * math.prod(image.size), 4 * image.pixels
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Packed(0), "y": Output(0), "scratch": Scratch(),
+            "pack": source.shared(panel.pack_taps).address,
             "thread_scratch": scratch, "panel_bytes": scratch // blocking.panels_per_block,
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
@@ -421,18 +422,18 @@ while task < stop:
             start = panel * vectors // panels
             filled = (panel + 1) * vectors // panels - start
             start = start * LANES + min(panel, extra_columns)
-            pack_taps(
+            call_kernel(pack, (
                 b, b_step, source, plane, block_channels, height, width, out_width, pixels,
                 start, filled, kernel_height, kernel_width, stride_height, stride_width,
                 dilation_height, dilation_width, top, left,
-            )
+            ))
             if panel < extra_columns:
                 start += filled * LANES
-                pack_taps(
-                    b + depth * b_step, unliteral(4), source, plane, block_channels, height, width,
-                    out_width, start + 1, start, unliteral(1), kernel_height, kernel_width,
+                call_kernel(pack, (
+                    b + depth * b_step, 4, source, plane, block_channels, height, width,
+                    out_width, start + 1, start, 1, kernel_height, kernel_width,
                     stride_height, stride_width, dilation_height, dilation_width, top, left,
-                )
+                ))
             b += panel_bytes
             panel += 1
         tile = first_tile

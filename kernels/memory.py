@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from graphopt.kernels.register import Register, Vector, call, scalar_bits, splat
@@ -116,12 +118,7 @@ def load_masked(typing: Any, address: Any, vector: Any, mask: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind)
-        name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
-        zero = ir.Constant(memory, None)
-        pointer = _pointer(builder, values[0], memory)
-        value = call(builder, name, memory, [pointer, _alignment(kind), values[2], zero])
-        return _from_memory(builder, kind, value)
+        return _load_masked(builder, kind, values[0], values[2]).value
 
     return kind(types.int64, vector, mask), generate
 
@@ -157,10 +154,14 @@ def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
     return types.void(types.int64, value, mask), generate
 
 
-def fetch_ahead(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Bring the line at ``address``, which need not exist, into the caches."""
+def fetch_ahead(builder: ir.IRBuilder, address: ir.Value, once: bool = False) -> None:
+    """Bring the line at ``address``, which need not exist, into the caches.
+
+    ``once`` says that it will be read only once for long, and should not drive out other lines.
+    """
     pointer = _pointer(builder, address, ir.IntType(8))
-    flags = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]
+    locality = 0 if once else 3
+    flags = [ir.Constant(ir.IntType(32), number) for number in (0, locality, 1)]
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 
@@ -173,6 +174,29 @@ def prefetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def call_kernel(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call the kernel at ``address`` (of `source.shared`) with a tuple of integers."""
+    kinds: Any = arguments  # whose class numba does not describe as the sequence that it is
+    if not isinstance(arguments, types.BaseTuple):
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        word = ir.IntType(64)
+        block = cgutils.alloca_once(builder, ir.ArrayType(word, len(kinds)))
+        members = cgutils.unpack_tuple(builder, values[1], len(kinds))
+        for place, (member, kind) in enumerate(zip(members, kinds, strict=True)):
+            number = context.cast(builder, member, kind, types.int64)
+            builder.store(number, cgutils.gep_inbounds(builder, block, 0, place))
+        function = ir.FunctionType(ir.VoidType(), [word.as_pointer(), word, word, word])
+        nothing = [int64_constant(0)] * 3
+        first = cgutils.gep_inbounds(builder, block, 0, 0)
+        builder.call(builder.inttoptr(values[0], function.as_pointer()), [first, *nothing])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), generate
 
 
 def lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:
@@ -244,18 +268,57 @@ def load_even(typing: Any, address: Any, vector: Any, low: Any, high: Any) -> An
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind)
-        step = ir.Constant(values[0].type, kind.lanes * max(kind.bits // 8, 1))
-        name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
-        zero = ir.Constant(memory, None)
-        halves = []
-        for start, mask in ((values[0], values[2]), (builder.add(values[0], step), values[3])):
-            arguments = [_pointer(builder, start, memory), _alignment(kind), mask, zero]
-            value = call(builder, name, memory, arguments)
-            halves.append(Register(builder, kind, _from_memory(builder, kind, value)))
-        return halves[0].shuffle(list(range(0, 2 * kind.lanes, 2)), halves[1]).value
+        first, second = _two_vectors(builder, kind, values[0], values[2:4])
+        return first.shuffle(list(range(0, 2 * kind.lanes, 2)), second).value
 
     return kind(types.int64, vector, low, high), generate
+
+
+@intrinsic
+def load_three(typing: Any, address: Any, vector: Any, low: Any, high: Any, last: Any) -> Any:
+    """As `load_even`, from the elements 0, 1 and 2 on; ``last`` is a mask whose first lane says
+    whether there is an element behind the two vectors."""
+    kind = named_vector(vector)
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        first, second = _two_vectors(builder, kind, values[0], values[2:4])
+        evens, odds = (
+            first.shuffle(list(range(start, 2 * kind.lanes, 2)), second) for start in (0, 1)
+        )
+        few = Vector(kind.element, 4)
+        inside = ir.Constant(ir.VectorType(ir.IntType(32), few.lanes), list(range(few.lanes)))
+        mask = builder.shuffle_vector(values[4], values[4], inside)
+        behind = builder.add(values[0], int64_constant(2 * kind.lanes * kind.bits // 8))
+        more = _load_masked(builder, few, behind, mask).resize(kind.lanes)
+        shifted = evens.shuffle(list(range(1, kind.lanes + 1)), more)
+        made = [register.value for register in (evens, odds, shifted)]
+        return context.make_tuple(builder, sig.return_type, made)
+
+    return types.UniTuple(kind, 3)(types.int64, vector, low, high, last), generate
+
+
+def _two_vectors(
+    builder: ir.IRBuilder, kind: Vector, address: ir.Value, masks: Sequence[ir.Value]
+) -> list[Register]:
+    """Two vectors that follow one another in memory, of the elements in each one's mask."""
+    second = builder.add(address, int64_constant(kind.lanes * max(kind.bits // 8, 1)))
+    return [
+        _load_masked(builder, kind, start, mask)
+        for start, mask in zip((address, second), masks, strict=True)
+    ]
+
+
+def _load_masked(
+    builder: ir.IRBuilder, kind: Vector, address: ir.Value, mask: ir.Value
+) -> Register:
+    """The elements at ``address`` that are in the mask; others are zero, and not read."""
+    memory = _in_memory(kind)
+    arguments = [_pointer(builder, address, memory), _alignment(kind), mask]
+    name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
+    value = call(builder, name, memory, [*arguments, ir.Constant(memory, None)])
+    return Register(builder, kind, _from_memory(builder, kind, value))
 
 
 @intrinsic

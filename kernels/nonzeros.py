@@ -29,7 +29,14 @@ from graphopt.kernels import tile
 from graphopt.kernels.loops import indent
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.stream import FOUR, LINE, VECTOR_BYTES
+from graphopt.kernels.stream import (
+    FOUR,
+    LINE,
+    MOST_STEPS,
+    VECTOR_BYTES,
+    four_bytes,
+    single_bytes,
+)
 from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
 
@@ -40,7 +47,7 @@ _FIRST_CACHE = 26 * 1024
 """Bytes of a panel that stay in the first cache, beside what else passes through it."""
 _PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
 """Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
-_WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
+WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
 """Vectors of a panel, by rows that share their columns."""
 _TAIL_WIDTHS = {1: (3, 4, 6), 2: (3, 4), 4: (3, 4)}
 """The same of panels of which the last has a tail."""
@@ -48,10 +55,10 @@ _TAILS = (4, 8) if LANES == 16 else ()
 """Lanes of vectors that cost half of a whole one."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
+_TASKS = 64
+"""As many are enough for threads to share: in longer parts more rows are of one length."""
 _SETS = 64
 """Sets of the first cache, as most CPUs have it."""
-_MOST_OFFSET = 2**31
-"""Bytes that a panel may span: a stream holds offsets in it in 32 bits."""
 _WORTH_SHARING_COLUMNS = 1.2
 """How many more products with rows taken together are made up for by fewer loads."""
 
@@ -62,7 +69,8 @@ class Schedule:
 
     ``tail`` is the number of lanes of the narrower vector that the last panel has more, or 0.
     ``pitch`` is 0 where panels are copied; else they are where the columns are, whose rows are so
-    many bytes apart.
+    many bytes apart. ``strips`` is 0, or the bytes of a panel that is no matrix: its steps share
+    memory (`sparse_strips`).
     """
 
     rows: int
@@ -70,10 +78,11 @@ class Schedule:
     depth: int
     tail: int = 0
     pitch: int = 0
+    strips: int = 0
 
     def __str__(self) -> str:
         tail = f" and {self.tail} lanes" if self.tail else ""
-        place = " in place" if self.pitch else ""
+        place = " in place" if self.pitch else " in strips" if self.strips else ""
         return f"{self.rows}x{self.width}{tail}{place}, depth {self.depth}"
 
     @property
@@ -82,27 +91,9 @@ class Schedule:
         return self.width * VECTOR_BYTES
 
     @property
-    def step(self) -> int:
-        """Bytes from one row of the panel to the next."""
-        return self.pitch or self.row_bytes
-
-    @property
-    def tail_shift(self) -> int:
-        """A row's place in the tail is its place in the panel, shifted right by so many bits."""
-        return 0 if self.pitch else self._copied_shift
-
-    @property
-    def _copied_shift(self) -> int:
-        # Rows of the tail are whole multiples of it long, so that none lies in two cache lines.
-        shift = 0
-        while self.row_bytes % (8 * self.tail << shift) == 0:
-            shift += 1
-        return shift
-
-    @property
     def tail_step(self) -> int:
-        """Bytes of a row of a tail that is copied."""
-        return self.row_bytes >> self._copied_shift if self.tail else 0
+        """Bytes from one row of a tail that is copied to the next."""
+        return 4 * self.tail
 
     @property
     def tail_start(self) -> int:
@@ -112,6 +103,8 @@ class Schedule:
     @property
     def panel_bytes(self) -> int:
         """Memory that a panel takes."""
+        if self.strips:
+            return self.strips
         # The last row of the tail is written as a whole vector.
         tail = self.depth * self.tail_step + VECTOR_BYTES if self.tail else 0
         return self.tail_start + math.ceil(tail / VECTOR_BYTES) * VECTOR_BYTES
@@ -143,9 +136,10 @@ class Schedule:
         """Scratch memory for the sums of ``outputs`` rows of the weight."""
         return self.row_groups(outputs) * self.rows * self.sums_step
 
-    def parts(self, outputs: int) -> int:
-        """Parts of the weight that a panel may be multiplied by separately."""
-        return max(min(self.row_groups(outputs) // _LEAST_PART, PARTS), 1)
+    def parts(self, outputs: int, panels: int) -> int:
+        """Parts of the weight that one of so many panels may be multiplied by separately."""
+        most = min(PARTS, math.ceil(_TASKS / panels))
+        return max(min(self.row_groups(outputs) // _LEAST_PART, most), 1)
 
 
 def schedules(
@@ -162,20 +156,27 @@ def schedules(
     wherever they are copied from: a tail has no more. Where columns need not be copied, rows of
     them are ``pitch`` bytes apart.
     """
-    units = depth // unit
-    if pitch * depth >= _MOST_OFFSET:
-        pitch = 0
-    for rows in NEIGHBOURS:
-        if zeros.density(rows) > _WORTH_SHARING_COLUMNS * zeros.density(1):
-            continue
+    for rows in rows_at_once(zeros):
         widths, tail, stays = _widths(rows, columns, run or columns, pitch)
         for width in widths:
-            blocks = {units}
-            for size in _PANEL_BYTES:
-                fitting = max(size // (width * VECTOR_BYTES * unit), 1)
-                blocks.add(math.ceil(units / math.ceil(units / fitting)))
-            for block in sorted(blocks):
+            for block in depths(depth // unit, unit, width * VECTOR_BYTES * unit):
                 yield Schedule(rows, width, block * unit, tail, stays)
+
+
+def rows_at_once(zeros: ZeroPattern) -> list[int]:
+    """How many rows of the weight may be worth computing together."""
+    most = _WORTH_SHARING_COLUMNS * zeros.density(1)
+    return [rows for rows in NEIGHBOURS if zeros.density(rows) <= most]
+
+
+def depths(units: int, unit_steps: int, unit_bytes: int) -> list[int]:
+    """Depths of blocks to try, in units of so many steps and bytes of a panel; none where one unit
+    is too much."""
+    most = MOST_STEPS // unit_steps
+    if most == 0:
+        return []
+    fitting = [most, *(min(max(size // unit_bytes, 1), most) for size in _PANEL_BYTES)]
+    return sorted({math.ceil(units / math.ceil(units / some)) for some in fitting})
 
 
 def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int], int, int]:
@@ -184,7 +185,7 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
     tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
     widths = [width for width in _TAIL_WIDTHS[rows] if tail and vectors and vectors % width == 0]
     if not widths:
-        widths, tail, vectors = list(_WIDTHS[rows]), 0, math.ceil(columns / LANES)
+        widths, tail, vectors = list(WIDTHS[rows]), 0, math.ceil(columns / LANES)
     staying = [width for width in widths if _stays(width, tail, vectors, pitch)]
     return (staying, tail, pitch) if staying else (widths, tail, 0)
 
@@ -205,7 +206,8 @@ def _stays(width: int, tail: int, vectors: int, pitch: int) -> bool:
 def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: int) -> float:
     """Cycles to multiply one panel by a weight (outputs, depth), roughly."""
     width = schedule.width / VECTORS_PER_CYCLE
-    load = 1.75 - 0.75 * min(1.0, _FIRST_CACHE / schedule.panel_bytes)
+    load = 2.25 - 0.75 * min(1.0, _FIRST_CACHE / schedule.panel_bytes)
+    load -= 0.5 * min(1.0, 4 * _FIRST_CACHE / schedule.panel_bytes)
     column = max(width * schedule.rows + 0.7, width * load + 0.5 + 0.7 * schedule.rows)
     blocks = math.ceil(depth / schedule.depth)
     waiting = (blocks - 1) * (8 + 3.5 * schedule.rows * width)
@@ -216,13 +218,20 @@ def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: 
 # -- the stream ----------------------------------------------------------------------------------
 
 
-def pack_streams(blocks: Sequence[np.ndarray], schedule: Schedule, parts: int) -> list[np.ndarray]:
+def pack_streams(
+    blocks: Sequence[np.ndarray], schedule: Schedule, parts: int, steps: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Arrays for a kernel: where each stream starts, in bytes (int64), and all streams (int32).
 
     ``blocks`` are weights (outputs, steps of one block of depth). Stream ``block * parts + part``
-    is that of a part of the row groups.
+    is that of a part of the row groups. ``steps`` are the places of a block's steps in the panel,
+    if they do not simply follow one another.
     """
-    streams = [_streams(block, schedule, parts) for block in blocks]
+    if steps is None:
+        steps = np.arange(schedule.depth)
+    if steps.max() >= MOST_STEPS:
+        raise ValueError(f"a panel has {steps.max() + 1} steps, a stream counts to {MOST_STEPS}")
+    streams = [_streams(block, schedule, parts, steps) for block in blocks]
     sizes = [len(words) for words, _ in streams]
     before = np.cumsum([0, *sizes[:-1]])
     starts = aligned_empty((len(blocks), parts), np.int64)
@@ -232,14 +241,17 @@ def pack_streams(blocks: Sequence[np.ndarray], schedule: Schedule, parts: int) -
     return [starts.reshape(-1), words]
 
 
-def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.ndarray, np.ndarray]:
+def _streams(
+    matrix: np.ndarray, schedule: Schedule, parts: int, steps: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The streams of one block, and the word where that of each part starts.
 
     A stream has runs of row groups with equally many columns: that number, how many groups, and
-    for each group its number and its columns, as their offset in the panel and the value of each
-    row, four columns together as long as there are four. A run of no groups ends it.
+    for each group its number and its columns, as their step in the panel and the value of each row,
+    four columns together as long as there are four. A run of no groups ends it.
     """
-    count, entry = schedule.row_groups(len(matrix)), 1 + schedule.rows
+    count = schedule.row_groups(len(matrix))
+    four_words, words_alone = four_bytes(schedule.rows) // 4, single_bytes(schedule.rows) // 4
     rows = np.zeros((count * schedule.rows, matrix.shape[1]), np.float32)
     rows[: len(matrix)] = matrix
     nonzero = group_rows(rows != 0, schedule.rows)
@@ -249,8 +261,9 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
     lengths = lengths[order]
     begins_part = np.diff(part, prepend=-1) != 0
     begins_run = begins_part | (np.diff(lengths, prepend=-1) != 0)
+    fours = lengths // FOUR
     # A run has two words more, and so has the end of every part.
-    sizes = 1 + lengths * entry
+    sizes = 1 + fours * four_words + (lengths - FOUR * fours) * words_alone
     more = 2 * begins_run + 2 * begins_part
     places = np.cumsum(sizes + more) - sizes - 2
     words = np.zeros(places[-1] + sizes[-1] + 2, np.int32)
@@ -260,16 +273,20 @@ def _streams(matrix: np.ndarray, schedule: Schedule, parts: int) -> tuple[np.nda
     words[places[runs] - 1] = np.diff(runs, append=count)
     groups, columns = np.nonzero(nonzero[order])
     number = np.arange(len(groups)) - (np.cumsum(lengths) - lengths)[groups]
-    # Fours hold their columns first, then the values of one row after those of another.
-    four, lane = np.divmod(number, FOUR)
-    in_four = number < lengths[groups] // FOUR * FOUR
-    entries = places[groups] + 1 + np.where(in_four, four * FOUR, number) * entry
-    step = np.where(in_four, FOUR, 1)
-    lane = np.where(in_four, lane, 0)
-    words[entries + lane] = columns * schedule.step
-    values = rows.reshape(count, schedule.rows, -1)[order[groups], :, columns]
+    values = rows.reshape(count, schedule.rows, -1)[order[groups], :, columns].view(np.int32)
+    # Fours hold their steps first, then the values of one row after those of another.
+    together = number < FOUR * fours[groups]
+    four, lane = np.divmod(number[together], FOUR)
+    entries = places[groups[together]] + 1 + four * four_words
+    words.view(np.uint16)[2 * entries + lane] = steps[columns[together]]
     for row in range(schedule.rows):
-        words[entries + (1 + row) * step + lane] = values[:, row].view(np.int32)
+        words[entries + FOUR // 2 + FOUR * row + lane] = values[together, row]
+    alone = groups[~together]
+    entries = places[alone] + 1 + fours[alone] * four_words
+    entries += (number[~together] - FOUR * fours[alone]) * words_alone
+    words[entries] = steps[columns[~together]]
+    for row in range(schedule.rows):
+        words[entries + 1 + row] = values[~together, row]
     return words, places[begins_part] - 2
 
 
@@ -296,8 +313,9 @@ def product_lines(
     """Lines that multiply a panel by a stream.
 
     They expect the addresses ``panel``, ``p`` (of the stream) and ``all_sums`` (of the sums that
-    wait, by row group), and ``first_block``, whether there are none yet; where the schedule has a
-    tail, also ``has_tail`` and the address ``tail``. ``before`` and ``finish`` (``finish_tail``
+    wait, by row group), ``step``, the bytes from one step of the panel to the next, and
+    ``first_block``, whether there are no sums yet; where the schedule has a tail, also ``has_tail``
+    and the ``tail_step`` of the address ``tail``. ``before`` and ``finish`` (``finish_tail``
     for a panel with a tail) are the lines around each row group, with its ``number`` and the
     address ``sums`` of its own; at the end ``tile`` is what `multiply_stream` returns.
     """
@@ -311,14 +329,18 @@ def product_lines(
 def _product_lines(
     schedule: Schedule, before: Sequence[str], finish: Sequence[str], tail: bool
 ) -> list[str]:
-    operands = "p, count, panel, tail, sums, first_block"
-    shift = schedule.tail_shift if tail else 0
+    rows = "panel, step, tail, tail_step" if tail else "panel, step, panel, 0"
+    operands = f"p, count, {rows}, sums, first_block, {_shape(schedule, tail)}"
     parts = {
         "before": before,
-        "multiply": [f"tile = multiply_stream({operands}, {shift}, {_shape(schedule, tail)})"],
+        "multiply": [f"tile = multiply_stream({operands})"],
         "finish": finish,
     }
-    sizes = {"SUMS": schedule.rows * schedule.sums_step, "ENTRY": 4 + 4 * schedule.rows}
+    sizes = {
+        "SUMS": schedule.rows * schedule.sums_step,
+        "FOURS": four_bytes(schedule.rows),
+        "SINGLES": single_bytes(schedule.rows),
+    }
     return fill(_BODY, parts, sizes)
 
 
@@ -333,7 +355,7 @@ while members > 0:
         sums = all_sums + number * SUMS
         <before>
         <multiply>
-        p += count * ENTRY
+        p += (count >> 2) * FOURS + (count & 3) * SINGLES
         <finish>
         members -= 1
     members = read(p + 4, INT32)

@@ -15,9 +15,11 @@ from graphopt.kernels import memory, simd
 from graphopt.kernels.register import FLOAT32, INT32, LANES
 
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
+call_kernel: Any = memory.call_kernel
 gather: Any = memory.gather
 load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
+load_three: Any = memory.load_three
 lane_index: Any = simd.lane_index
 mask_between: Any = simd.mask_between
 mask_first: Any = simd.mask_first
@@ -92,12 +94,19 @@ def pack_taps(
             for y in range(kernel_height):
                 source_row = row * stride_height + y * dilation_height - top
                 inside = width if 0 <= source_row < height else 0
-                for x in range(kernel_width):
-                    source_column = (column - lane) * stride_width + x * dilation_width - left
+                source_column = (column - lane) * stride_width - left
+                source = image + 4 * (source_row * width + source_column)
+                neighbours = kernel_width == 3 and stride_width == 2 and dilation_width == 1
+                # Of rows that are shorter than a vector, each is spoilt by the one before it.
+                if neighbours and pitch >= 4 * LANES:
+                    pack_three(target, pitch, source, plane, channels, source_column, inside, lane)
+                    target += 3 * channels * pitch
+                    continue
+                for _ in range(kernel_width):
                     pack_pixels(
                         target,
                         pitch,
-                        image + 4 * (source_row * width + source_column),
+                        source,
                         plane,
                         channels,
                         source_column,
@@ -105,6 +114,8 @@ def pack_taps(
                         inside,
                         lane,
                     )
+                    source_column += dilation_width
+                    source += 4 * dilation_width
                     target += channels * pitch
             lane += out_width - column
             column = 0
@@ -207,6 +218,97 @@ def pack_pixels(
             store_masked(target, gather(source, 4 * stride, FLOAT32, inside), written)
             source += plane
             target += pitch
+
+
+@inlined
+def pack_three(
+    target: int,
+    pitch: int,
+    source: int,
+    plane: int,
+    channels: int,
+    start: int,
+    width: int,
+    lane: int,
+) -> None:
+    """`pack_pixels` in steps of two for three neighbouring columns of a kernel, which have
+    ``channels`` rows each: most pixels are under two of them."""
+    written = ~mask_first(lane, FLOAT32)
+    low = mask_between(start, 1, width, FLOAT32)
+    high = mask_between(start + LANES, 1, width, FLOAT32)
+    last = mask_between(start + 2 * LANES, 1, width, FLOAT32)
+    step = channels * pitch
+    if lane == 0:
+        for _ in range(channels):
+            first, second, third = load_three(source, FLOAT32, low, high, last)
+            store(target, first)
+            store(target + step, second)
+            store(target + 2 * step, third)
+            source += plane
+            target += pitch
+    else:
+        for _ in range(channels):
+            first, second, third = load_three(source, FLOAT32, low, high, last)
+            store_masked(target, first, written)
+            store_masked(target + step, second, written)
+            store_masked(target + 2 * step, third, written)
+            source += plane
+            target += pitch
+
+
+@inlined
+def pack_strips(
+    panel: int,
+    pitch: int,
+    image: int,
+    plane: int,
+    channels: int,
+    height: int,
+    width: int,
+    row: int,
+    column: int,
+    lanes: int,
+    piece: int,
+    lines: int,
+    phase_step: int,
+    kernel_width: int,
+    stride_height: int,
+    stride_width: int,
+    dilation_width: int,
+    top: int,
+    left: int,
+) -> None:
+    """What a convolution multiplies for a tile of output pixels, each vector one below the other.
+
+    A vector holds ``LANES // lanes`` pieces of rows, ``piece`` rows apart; ``row`` and ``column``
+    are the tile's first. For every column of the kernel the panel has, of each channel, ``lines``
+    vectors for the rows of the image 0, ``stride_height``, 2 ``stride_height``, ... first, then
+    those from ``phase_step`` on, and so forth; what lies under another row of the kernel begins
+    some vectors further. Pixels outside the image are zero, lanes beyond the output anything.
+    Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``.
+    """
+    for x in range(kernel_width):
+        right = x * dilation_width - left
+        for phase in range(0, stride_height, phase_step):
+            for line in range(lines):
+                lane = 0
+                while lane < LANES:
+                    below = lane // lanes * piece + line
+                    source_row = (row + below) * stride_height + phase - top
+                    source_column = (column - lane) * stride_width + right
+                    pack_pixels(
+                        panel,
+                        pitch,
+                        image + 4 * (source_row * width + source_column),
+                        plane,
+                        channels,
+                        source_column,
+                        stride_width,
+                        width if 0 <= source_row < height else 0,
+                        lane,
+                    )
+                    lane += lanes
+                panel += 4 * LANES
 
 
 @inlined

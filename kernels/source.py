@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import pickle
 import platform
@@ -76,6 +77,22 @@ def build(name: str, text: str) -> Entry:
         if entry is None:
             entry = _entries[key] = _compile(name, text, key)
     return entry
+
+
+def shared(function: Any) -> Entry:
+    """An entry that calls a function of the vocabulary, all whose arguments are integers.
+
+    Kernels that use `memory.call_kernel` on its address do not contain the function, which then is
+    compiled once instead of with each of them.
+    """
+    name = function.__name__
+    count = len(inspect.signature(function.py_func).parameters)
+    values = ", ".join(f"arguments[{place}]" for place in range(count))
+    text = (
+        f"from {function.__module__} import {name}\n\n\n"
+        f"def kernel(arguments, thread, begin, end):\n    {name}({values})\n"
+    )
+    return build(name, text)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.kernels import source
+from graphopt.kernels import panel, source
 from graphopt.kernels.convolution import (
     Image,
     epilogue_starts,
@@ -76,10 +76,15 @@ class SparseConvolutionCandidate(Candidate):
 
     @property
     def _parts(self) -> int:
-        return self.schedule.parts(self.image.outputs)
+        return self.schedule.parts(self.image.outputs, self._panels)
 
-    def packing(self) -> tuple[Schedule]:
-        return (self.schedule,)
+    @property
+    def _pack(self) -> int:
+        """The address of what copies a panel."""
+        return 0 if self.schedule.pitch else source.shared(panel.pack_taps).address
+
+    def packing(self) -> tuple[object, ...]:
+        return (self.schedule, self._parts)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
@@ -109,18 +114,19 @@ class SparseConvolutionCandidate(Candidate):
         return threads > 1 and self.estimate > WORTH_SHARING
 
     def build(self, threads: int) -> tuple[Step, ...]:
-        block, epilogue = self._arguments()
+        block = self._arguments()
+        epilogue = image_epilogue(self.problem, self.image, block)
         name = f"sparse_convolution_{self.schedule.rows}x{self.schedule.width}"
-        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
+        text = kernel_text(block, self._lines(epilogue), VOCABULARY)
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
-    def _arguments(self) -> tuple[Arguments, Epilogue]:
+    def _arguments(self) -> Arguments:
         image, block = self.image, Arguments()
         values: dict[str, Argument] = {
             "x": Input(0), "starts": Packed(0), "words": Packed(1), "y": Output(0),
             "scratch": Scratch() if self._thread_scratch else 0,
-            "thread_scratch": self._thread_scratch,
+            "thread_scratch": self._thread_scratch, "pack": self._pack,
             "sums_start": self.schedule.sums_start, "tail_start": self.schedule.tail_start,
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
@@ -135,29 +141,58 @@ class SparseConvolutionCandidate(Candidate):
             "tasks": image.batch * image.groups * self._panels * self._parts,
         }  # fmt: skip
         block.add_all(values)
-        return block, image_epilogue(self.problem, image, block)
+        return block
+
+    def _lines(self, epilogue: Epilogue) -> list[str]:
+        """The kernel's body."""
+        schedule = self.schedule
+        sizes = {
+            "ROWS": schedule.rows,
+            "WIDTH": schedule.width,
+            "STEP": schedule.row_bytes,
+            "TAIL_ROW": schedule.tail_step,
+        }
+        parts = {
+            "prologue": epilogue.prologue(),
+            "share": SHARE,
+            "place": fill(_PLACE, {}, sizes),
+            "panel": fill(_IN_PLACE if schedule.pitch else _PACK, {}, sizes),
+            "tail": _tail_lines(schedule, sizes),
+            "product": product_lines(
+                schedule,
+                _finish_lines(schedule, epilogue, tail=False),
+                _fetch_lines(schedule, epilogue),
+                _finish_lines(schedule, epilogue, tail=True) if schedule.tail else (),
+            ),
+        }
+        return fill(BODY, parts, sizes)
 
 
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Schedules that may suit the zeros; none where the weight has few."""
+    known = sparse_image(problem)
+    if known is None:
+        return []
+    image, zeros = known
+    found: list[Candidate] = []
+    depth = image.channels * image.taps
+    pitch = 4 * image.plane if image.is_pointwise else 0
+    for schedule in schedules(zeros, depth, image.pixels, image.taps, image.out_size[1], pitch):
+        name = f"sparse convolution {schedule}"
+        seconds = _cycles(image, schedule, zeros) / CYCLES_PER_SECOND
+        found.append(SparseConvolutionCandidate(name, problem, seconds, image, schedule))
+    return found
+
+
+def sparse_image(problem: ConvolutionProblem) -> tuple[Image, ZeroPattern] | None:
+    """A convolution's image and its weight's zeros; None where these are few."""
     problem.check()
     image = image_of(problem, padded=True)
     weight = problem.inputs[1]
     if image is None or not isinstance(weight, ConstantOperand) or weight.zeros is None:
-        return []
-    if problem.outputs[0].size == 0:
-        return []
-    found: list[Candidate] = []
-    depth = image.channels * image.taps
-    pitch = 4 * image.plane if image.is_pointwise else 0
-    for schedule in schedules(
-        weight.zeros, depth, image.pixels, image.taps, image.out_size[1], pitch
-    ):
-        name = f"sparse convolution {schedule}"
-        seconds = _cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
-        found.append(SparseConvolutionCandidate(name, problem, seconds, image, schedule))
-    return found
+        return None
+    return None if problem.outputs[0].size == 0 else (image, weight.zeros)
 
 
 def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
@@ -170,36 +205,14 @@ def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
     return image.batch * image.groups * panels * (copy + product + finish)
 
 
-def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
-    """The kernel's body."""
-    sizes = {
-        "ROWS": schedule.rows,
-        "WIDTH": schedule.width,
-        "STEP": schedule.step,
-        "TAIL_ROW": schedule.tail_step,
-    }
-    parts = {
-        "prologue": epilogue.prologue(),
-        "share": SHARE,
-        "panel": fill(_IN_PLACE if schedule.pitch else _PACK, {}, sizes),
-        "tail": _tail_lines(schedule, sizes),
-        "product": product_lines(
-            schedule,
-            _finish_lines(schedule, epilogue, tail=False),
-            _fetch_lines(schedule, epilogue),
-            _finish_lines(schedule, epilogue, tail=True) if schedule.tail else (),
-        ),
-    }
-    return fill(_BODY, parts, sizes)
-
-
 def _tail_lines(schedule: Schedule, sizes: dict[str, int]) -> list[str]:
     """Lines that find out whether a panel has a tail, and where."""
     if not schedule.tail:
         return []
     tail = fill(_TAIL_IN_PLACE, {}, sizes)
     if not schedule.pitch:
-        tail = ["if has_tail:", *indent(1, fill(_PACK_TAIL, {}, sizes))]
+        copy = ["if has_tail:", *indent(1, fill(_PACK_TAIL, {}, sizes))]
+        tail = [f"tail_step = {schedule.tail_step}", *copy]
     return ["has_tail = panel_number + 1 == panels", *tail]
 
 
@@ -257,34 +270,42 @@ else:
 """
 
 _IN_PLACE = """
+step = plane
 panel = x + (place * channels + first_channel) * plane + 4 * start
 """
 
 _PACK = """
-pack_taps(
-    panel, unliteral(STEP), x + (place * channels + first_channel) * plane, plane,
+step = STEP
+call_kernel(pack, (
+    panel, STEP, x + (place * channels + first_channel) * plane, plane,
     min(channels - first_channel, block_channels), height, width, out_width, pixels,
     start, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
     kernel_height, kernel_width, stride_height, stride_width,
     dilation_height, dilation_width, top, left,
-)
+))
 """
 
 _TAIL_IN_PLACE = """
+tail_step = step
 tail = panel + 4 * WIDTH * LANES
 """
 
 _PACK_TAIL = """
-pack_taps(
-    tail, unliteral(TAIL_ROW), x + (place * channels + first_channel) * plane, plane,
+call_kernel(pack, (
+    tail, TAIL_ROW, x + (place * channels + first_channel) * plane, plane,
     min(channels - first_channel, block_channels), height, width, out_width, pixels,
-    start + WIDTH * LANES, unliteral(1),
+    start + WIDTH * LANES, 1,
     kernel_height, kernel_width, stride_height, stride_width,
     dilation_height, dilation_width, top, left,
-)
+))
 """
 
-_BODY = """
+_PLACE = """
+start = panel_number * WIDTH * LANES
+columns = pixels - start
+"""
+
+BODY = """
 <prologue>
 panel = scratch + thread * thread_scratch
 tail = panel + tail_start
@@ -296,8 +317,7 @@ while task < stop:
     panel_number = task // parts - place * panels
     first_part = task % parts
     last_part = min(parts, first_part + stop - task)
-    start = panel_number * WIDTH * LANES
-    columns = pixels - start
+    <place>
     image = place // groups
     group = place - image * groups
     last = (group + 1) * outputs

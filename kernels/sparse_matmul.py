@@ -74,7 +74,8 @@ class SparseMatmulCandidate(Candidate):
 
     @property
     def _parts(self) -> int:
-        return self.schedule.parts(self.product.columns)
+        # Whatever the number of rows, so that streams are packed once for all batches.
+        return self.schedule.parts(self.product.columns, 1)
 
     def packing(self) -> tuple[object, ...]:
         return (self.schedule, self.product.offsets)
@@ -175,7 +176,7 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     sizes = {
         "ROWS": schedule.rows,
         "WIDTH": schedule.width,
-        "STEP": schedule.step,
+        "STEP": schedule.row_bytes,
         "TAIL_ROW": schedule.tail_step,
         "SUMS": schedule.sums_step,
     }
@@ -209,6 +210,8 @@ _BODY = """
 panel = scratch + thread * thread_scratch
 tail = panel + tail_start
 all_sums = panel + panel_bytes
+step = STEP
+tail_step = TAIL_ROW
 <share>
 while task < stop:
     place = task // parts

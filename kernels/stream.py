@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -21,6 +21,8 @@ from graphopt.kernels.register import FEATURES, FLOAT32, LANES, Register, Vector
 VECTOR_BYTES = 4 * LANES
 FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
+MOST_STEPS = 2**16
+"""Steps of a panel: in fours, the numbers of columns have 16 bits."""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
 LINE = 64
@@ -29,16 +31,27 @@ LINE = 64
 _INT64 = ir.IntType(64)
 
 
+def four_bytes(rows: int) -> int:
+    """Bytes of four columns of a stream: their numbers, then their weights, row by row."""
+    return FOUR * (2 + 4 * rows)
+
+
+def single_bytes(rows: int) -> int:
+    """Bytes of a column alone."""
+    return 4 + 4 * rows
+
+
 @intrinsic(prefer_literal=True)
 def multiply_stream(
     typing: Any,
     p: Any,
     count: Any,
     panel: Any,
+    step: Any,
     tail: Any,
+    tail_step: Any,
     sums: Any,
     first_block: Any,
-    shift: Any,
     rows: Any,
     width: Any,
     tail_lanes: Any,
@@ -47,28 +60,27 @@ def multiply_stream(
     """The products of ``rows`` rows of a weight with a panel, a tuple of vectors by row.
 
     ``p`` is the address of ``count`` columns in a stream, ``panel`` that of the panel, ``width``
-    vectors wide. Where ``tail_lanes`` is not 0, the panel has one narrower vector more, from
-    ``tail`` on where its offset, shifted right by ``shift``, says; then the tuple has one vector
-    more per row, whose lanes beyond hold anything. Unless ``first_block``, products are added to
-    the sums at ``sums``, whose rows are ``sums_step`` bytes apart. The last five are literal.
+    vectors wide, whose rows are ``step`` bytes apart. Where ``tail_lanes`` is not 0, the panel has
+    one narrower vector more, in rows ``tail_step`` bytes apart from ``tail`` on; then the tuple has
+    one vector more per row, whose lanes beyond hold anything. Unless ``first_block``, products are
+    added to the sums at ``sums``, whose rows are ``sums_step`` bytes apart. The last four are
+    literal.
     """
     shape = [one.literal_value for one in (rows, width, tail_lanes, sums_step)]
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        numbers = [
+        begin, count, panel, step, tail, tail_step, sums = (
             context.cast(builder, value, kind, types.int64)
-            for value, kind in zip(values[:5], sig.args, strict=False)
-        ]
+            for value, kind in zip(values[:7], sig.args, strict=False)
+        )
         tile = _Tile(builder, *shape)
-        begin, count, panel, tail, sums = numbers
-        tile.start(sums, context.cast(builder, values[5], sig.args[5], types.boolean))
-        tile.multiply(begin, count, panel, tail, shift.literal_value)
+        tile.start(sums, context.cast(builder, values[7], sig.args[7], types.boolean))
+        tile.multiply(begin, count, _Rows(panel, step), _Rows(tail, tail_step))
         return context.make_tuple(builder, sig.return_type, tile.results())
 
     result = types.UniTuple(FLOAT32, shape[0] * (shape[1] + (shape[2] > 0)))
-    return result(
-        p, count, panel, tail, sums, first_block, shift, rows, width, tail_lanes, sums_step
-    ), generate
+    own = (p, count, panel, step, tail, tail_step, sums, first_block)
+    return result(*own, rows, width, tail_lanes, sums_step), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -85,6 +97,13 @@ def store_sums(
         return context.get_dummy_value()
 
     return types.void(sums, tile, rows, width, tail_lanes, sums_step), generate
+
+
+class _Rows(NamedTuple):
+    """Rows in memory: the address of the first, and the bytes from one to the next."""
+
+    address: ir.Value
+    step: ir.Value
 
 
 class _Tile:
@@ -119,35 +138,39 @@ class _Tile:
                 known = self.memories[vector].load(self._sum_at(sums, row, vector))
                 builder.store(known.value, place)
 
-    def multiply(
-        self, begin: ir.Value, count: ir.Value, panel: ir.Value, tail: ir.Value, shift: int
-    ) -> None:
+    def multiply(self, begin: ir.Value, count: ir.Value, panel: _Rows, tail: _Rows) -> None:
         """Add the products of ``count`` columns, of which the first come in fours."""
         builder = self.builder
 
-        def multiply_column(place: ir.Value, weights: list[Register]) -> None:
-            offset = self._offset(place)
-            start = self._plus(panel, offset)
-            addresses = [self._plus(start, number * VECTOR_BYTES) for number in range(self.width)]
-            addresses.append(self._plus(tail, builder.ashr(offset, int64_constant(shift))))
+        def multiply_column(number: ir.Value, weights: list[Register]) -> None:
+            start = self._plus(panel.address, builder.mul(number, panel.step))
+            addresses = [self._plus(start, vector * VECTOR_BYTES) for vector in range(self.width)]
+            addresses.append(self._plus(tail.address, builder.mul(number, tail.step)))
             self._add_products(addresses, weights)
 
-        entry = 4 + 4 * self.rows
-        end = self._plus(begin, builder.mul(count, int64_constant(entry)))
-        fours = builder.and_(count, int64_constant(-FOUR))
-        last_four = self._plus(begin, builder.mul(fours, int64_constant(entry)))
+        def times(count: ir.Value, size: int) -> ir.Value:
+            return builder.mul(count, int64_constant(size))
+
+        four, single = four_bytes(self.rows), single_bytes(self.rows)
+        singles = self._plus(begin, times(builder.ashr(count, int64_constant(2)), four))
+        end = self._plus(singles, times(builder.and_(count, int64_constant(FOUR - 1)), single))
         with self._walk(self._plus(begin, _AHEAD), self._plus(end, _AHEAD), LINE) as line:
-            fetch_ahead(builder, line)
-        with self._walk(begin, last_four, FOUR * entry) as p:
+            fetch_ahead(builder, line, once=True)
+        with self._walk(begin, singles, four) as p:
+            # One load for all, which take turns with those of the panel.
+            numbers = self._load(p, _INT64)
             weights = [
-                self._load_repeated(self._plus(p, 4 * FOUR * (1 + row))) for row in range(self.rows)
+                self._load_repeated(self._plus(p, 2 * FOUR + 4 * FOUR * row))
+                for row in range(self.rows)
             ]
             for lane in range(FOUR):
-                spread = [_repeat_lane(weight, lane) for weight in weights]
-                multiply_column(self._plus(p, 4 * lane), spread)
-        with self._walk(last_four, end, entry) as p:
+                own = builder.lshr(numbers, int64_constant(16 * lane))
+                number = builder.and_(own, int64_constant(MOST_STEPS - 1))
+                multiply_column(number, [_repeat_lane(weight, lane) for weight in weights])
+        with self._walk(singles, end, single) as p:
+            number = builder.zext(self._load(p, ir.IntType(32)), _INT64)
             weights = [self.whole.broadcast(self._plus(p, 4 + 4 * row)) for row in range(self.rows)]
-            multiply_column(p, weights)
+            multiply_column(number, weights)
 
     def results(self) -> list[ir.Value]:
         """The sums, all of whole vectors."""
@@ -195,10 +218,9 @@ class _Tile:
         more = int64_constant(offset) if isinstance(offset, int) else offset
         return self.builder.add(address, more)
 
-    def _offset(self, address: ir.Value) -> ir.Value:
-        """The offset of a column, of 32 bits."""
-        pointer = self.builder.inttoptr(address, ir.IntType(32).as_pointer())
-        return self.builder.sext(self.builder.load(pointer, align=4), _INT64)
+    def _load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
+        pointer = self.builder.inttoptr(address, kind.as_pointer())
+        return self.builder.load(pointer, align=4)
 
     def _load_repeated(self, address: ir.Value) -> Register:
         """The four numbers at ``address`` again and again."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels.convolution import Image, image_epilogue, image_of
-from graphopt.kernels.loops import SHARE, Arguments, indent
+from graphopt.kernels.loops import SHARE, Arguments
 from graphopt.kernels.minimal_filtering import SECOND_CACHE, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
@@ -46,7 +46,8 @@ from graphopt.kernels.tile import (
 _SIDE = 5
 """Pixels of a phase that a tile sees in one direction."""
 _POSITIONS = _SIDE**2
-_PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+_PHASES = 4
+"""Even or odd rows, and of each even or odd columns."""
 _PIXELS = 9
 """Pixels of the image that a tile sees in one direction."""
 _AT_ONCE = 4 if LANES == 16 else 2
@@ -129,13 +130,13 @@ class StridedWinogradCandidate(FilteringCandidate):
         parts = {
             "prologue": epilogue.prologue(),
             "share": SHARE,
-            "turn pixels": [line for phase in range(len(_PHASES)) for line in _turn_rows(phase)],
+            "turn pixels": _turn_pixels(),
             "no sums": [f"{name} = nothing" for name in _sums()],
             "multiply": _multiply(),
             "turn columns": _turn_columns(),
             "finish": _finish(epilogue),
         }
-        return fill(_BODY, parts, {"AT_ONCE": _AT_ONCE, "SIDE": _SIDE})
+        return fill(_BODY, parts, {"AT_ONCE": _AT_ONCE, "SIDE": _SIDE, "PHASES": _PHASES})
 
 
 @register(ConvolutionProblem)
@@ -207,52 +208,37 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
 # -- the kernel's body ---------------------------------------------------------------------------
 
 
-def _turn_rows(phase: int) -> list[str]:
-    """Lines that transform one phase of a channel's pixels, for all rows of tiles."""
-    body = [
-        "number = channel * stream_rows + 4 * (row - first_row)",
-        "place = streams + number * 4 * stream + 4 * column",
-        f"target = own_pixels + 4 * (4 * channel + {phase}) * pitch",
-        "target += 4 * ((row - first_row) * across + column)",
-        *_turn_pixels(phase),
-        "row += 1",
-    ]
-    return ["row = first_row", "while row < last_row:", *indent(1, body)]
-
-
-def _turn_pixels(phase: int) -> list[str]:
+def _turn_pixels() -> list[str]:
     """Lines that store ``B.T @ d @ B`` of the tiles' pixels d of one phase.
 
     The kernel of an odd phase has three taps: its fifth pixel meets no weight, and counts as zero.
     """
-    odd_rows, odd_columns = _PHASES[phase]
-    height, width = _SIDE - odd_rows, _SIDE - odd_columns
     lines = []
-    for y in range(height):
-        for x in range(width):
-            row, column = 2 * y + odd_rows, 2 * x + odd_columns
-            place = f"place + {4 * row + column % 4} * stream + {4 * (column // 4)}"
-            lines.append(f"d{y}{x} = load({place}, FLOAT32)")
-    for x in range(width):
-        turned = [f"t{y}{x}" for y in range(_SIDE)]
-        lines += _turned([f"d{y}{x}" for y in range(height)], turned)
+    for y in range(_SIDE):
+        for x in range(_SIDE):
+            place = f"place + {8 * y + 2 * (x % 2)} * stream + {4 * (x // 2)}"
+            last = [name for name, at in (("rows", y), ("columns", x)) if at == _SIDE - 1]
+            mask = " & ".join(f"fifth_{name}" for name in last)
+            load = f"load_masked({place}, FLOAT32, {mask})" if mask else f"load({place}, FLOAT32)"
+            lines.append(f"d{y}{x} = {load}")
+    for x in range(_SIDE):
+        lines += _turned([f"d{y}{x}" for y in range(_SIDE)], [f"t{y}{x}" for y in range(_SIDE)])
     for y in range(_SIDE):
         names = [f"r{x}" for x in range(_SIDE)]
-        lines += _turned([f"t{y}{x}" for x in range(width)], names)
+        lines += _turned([f"t{y}{x}" for x in range(_SIDE)], names)
         for x, name in enumerate(names):
             lines.append(f"store(target + {_SIDE * y + x} * position, {name})")
     return lines
 
 
 def _turned(d: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Lines that multiply pixels by ``B.T``; a fifth pixel that is not there is zero."""
-    last = f"{d[4]} - {d[2]}" if len(d) > 4 else f"nothing - {d[2]}"
+    """Lines that multiply five pixels by ``B.T``."""
     return [
         f"{names[3]} = {d[3]} - {d[1]}",
         f"{names[0]} = fma({d[0]} - {d[2]}, half, {names[3]})",
         f"{names[1]} = fma({d[2]} - {d[1]}, half, {d[3]})",
         f"{names[2]} = fma({d[1]}, half, fma({d[2]}, less, {d[3]}))",
-        f"{names[4]} = fma({names[3]}, minus, {last})",
+        f"{names[4]} = fma({names[3]}, minus, {d[4]} - {d[2]})",
     ]
 
 
@@ -360,7 +346,22 @@ while task < stop:
     while column >= 0:
         channel = 0
         while channel < channels:
-            <turn pixels>
+            phase = 0
+            while phase < PHASES:
+                odd_rows = phase // 2
+                odd_columns = phase % 2
+                fifth_rows = mask_first(LANES * (1 - odd_rows), FLOAT32)
+                fifth_columns = mask_first(LANES * (1 - odd_columns), FLOAT32)
+                row = first_row
+                while row < last_row:
+                    number = channel * stream_rows + 4 * (row - first_row)
+                    place = streams + number * 4 * stream + 4 * column
+                    place += (4 * odd_rows + odd_columns) * stream
+                    target = own_pixels + 4 * (PHASES * channel + phase) * pitch
+                    target += 4 * ((row - first_row) * across + column)
+                    <turn pixels>
+                    row += 1
+                phase += 1
             channel += 1
         column -= LANES
     group = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from planted import changed, changed_text, fault, in_a_child, substituted, test_of
 
-from graphopt.kernels import convolution, matmul, pointwise
+from graphopt.kernels import convolution, matmul, pointwise, sparse_strips
 
 
 def _of_turned_weights(pack: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,4 +62,19 @@ fault(
     "threads use one panel together",
     in_a_child(test_of("kernels/test_matmul.py", "test_two_tensors", 37, 390, 390, (False, False))),
     changed(matmul.MatmulCandidate.scratch_bytes, "threads * self._panel_bytes", "64"),
+)
+fault(
+    "a tile of a strip writes into the next row",
+    in_a_child(test_of("kernels/test_sparse_strips.py", "test_shapes", "narrow", 1)),
+    changed_text(
+        sparse_strips,
+        "_FINISH",
+        "end = lane + min(lanes, out_width - tile_column)",
+        "end = lane + lanes",
+    ),
+)
+fault(
+    "the rows of a strip are looked for as if there were no stride",
+    test_of("kernels/test_sparse_strips.py", "test_shapes", "stride 2", 1),
+    changed(sparse_strips.Strips.place, "row // self.stride", "row"),
 )

@@ -10,7 +10,7 @@ from layers import pruned
 
 from graphopt.kernels.nonzeros import Schedule, pack_streams, schedules
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.stream import VECTOR_BYTES
+from graphopt.kernels.stream import MOST_STEPS, VECTOR_BYTES
 from graphopt.kernels.zeros import zero_pattern
 
 
@@ -18,19 +18,20 @@ from graphopt.kernels.zeros import zero_pattern
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 99), st.sampled_from([4, 8]))
 def test_rows_of_a_tail(rows: int, width: int, depth: int, tail: int) -> None:
     schedule = Schedule(rows, width, depth, tail)
-    places = np.arange(depth) * schedule.step >> schedule.tail_shift
-    np.testing.assert_array_equal(places, np.arange(depth) * schedule.tail_step)
+    places = np.arange(depth) * schedule.tail_step
     np.testing.assert_array_equal(places // 64, (places + 4 * tail - 1) // 64, "one cache line")
     assert schedule.tail_start + places[-1] + VECTOR_BYTES <= schedule.panel_bytes
 
 
-def test_offsets_in_panels_that_stay_have_32_bits() -> None:
-    zeros = zero_pattern(pruned((64, 512), 0.1))
+def test_steps_have_16_bits() -> None:
+    zeros = zero_pattern(pruned((4, 70000), 0.1))
     assert zeros is not None
-    columns = 16 * 65625
-    near = schedules(zeros, 511, columns, pitch=4 * columns)
-    assert all(one.pitch and one.depth * one.step < 2**31 for one in near)
-    assert not any(one.pitch for one in schedules(zeros, 512, columns, pitch=4 * columns))
+    found = list(schedules(zeros, 70000, 64))
+    assert 35000 in {one.depth for one in found}
+    assert max(one.depth for one in found) <= MOST_STEPS
+    assert not list(schedules(zeros, 70000, 64, unit=70000))
+    with pytest.raises(ValueError, match="70000 steps"):
+        pack_streams([np.ones((1, 70000), np.float32)], Schedule(1, 4, 70000), 1)
 
 
 def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndarray) -> list[int]:
@@ -47,12 +48,12 @@ def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndar
             rows = matrix[first : first + schedule.rows]
             while length > done:
                 together = 4 if length - done >= 4 else 1
-                entry = words[place : place + together * (1 + schedule.rows)]
-                entry = entry.reshape(1 + schedule.rows, together)
-                columns, rest = np.divmod(entry[0], schedule.step)
-                assert not rest.any()
-                rows[:, columns] = entry[1:].view(np.float32)[: len(rows)]
-                place += entry.size
+                # The numbers of four columns are in two words.
+                weights = place + (1 if together == 1 else 2)
+                columns = words[place:weights].view(np.int32 if together == 1 else np.uint16)
+                place = weights + together * schedule.rows
+                values = words[weights:place].view(np.float32).reshape(-1, together)
+                rows[:, columns] = values[: len(rows)]
                 done += together
     return seen
 

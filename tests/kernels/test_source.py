@@ -8,12 +8,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support import ALONE, GuardedBuffer, call
+from support import ALONE, GuardedBuffer, call, guarded
 
 from graphopt import kernels
-from graphopt.kernels import source
+from graphopt.kernels import panel, source
 from graphopt.kernels.registry import Candidate, candidates, register
+from graphopt.kernels.simd import LANES
 
 TEXT = """from graphopt.kernels.simd import *
 
@@ -54,6 +56,22 @@ def test_a_source_is_compiled_once_per_process(folder: Path) -> None:
     assert source.build("plus", TEXT.format(1)) is first
     assert value(source.build("plus", TEXT.format(5)), 41) == 46
     assert len(os.listdir(folder / "kernels")) == 2
+
+
+def test_kernels_call_what_they_share(folder: Path) -> None:
+    text = """from graphopt.kernels.panel import *
+
+
+def kernel(arguments, thread, begin, end):
+    call_kernel(arguments[0], (arguments[1], 4 * LANES, arguments[2], 4 * LANES, 4, 3, LANES))
+"""
+    shared = source.shared(panel.pack_columns)
+    assert source.shared(panel.pack_columns) is shared
+    matrix = np.arange(3 * LANES, dtype=np.float32)
+    numbers, _ = guarded(matrix)
+    target, copied = guarded(np.zeros_like(matrix))
+    call(source.build("caller", text), [shared.address, target.address, numbers.address])
+    np.testing.assert_array_equal(copied, matrix)
 
 
 def test_the_next_process_loads_it(

@@ -23,8 +23,10 @@ def kernel(arguments, thread, begin, end):
     sums = arguments[3]
     first_block = arguments[4] != 0
     target = arguments[5]
+    step = arguments[6]
     p = words + 12
-    tile = multiply_stream(p, read(words, INT32), panel, tail, sums, first_block, SHIFT, SHAPE)
+    count = read(words, INT32)
+    tile = multiply_stream(p, count, panel, step, tail, TAIL, sums, first_block, SHAPE)
     store_sums(target, tile, SHAPE)
 """
 
@@ -35,8 +37,7 @@ def kernel(arguments, thread, begin, end):
 def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -> None:
     schedule = Schedule(rows, width, DEPTH, tail)
     shape = f"{rows}, {width}, {tail}, {schedule.sums_step}"
-    shift = schedule.tail_shift if tail else 0
-    text = TEXT.replace("SHIFT", str(shift)).replace("SHAPE", shape)
+    text = TEXT.replace("TAIL", str(schedule.tail_step)).replace("SHAPE", shape)
     entry = source.build("stream_test", text)
     random = np.random.default_rng(0)
     lanes = width * LANES + tail
@@ -59,6 +60,6 @@ def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -
         waiting[places] = np.nan if first_block else known
         target, result = guarded(np.full(size, np.nan, np.float32))
         buffers = [words.address, panel.address, tails.address, sums.address]
-        call(entry, [*buffers, int(first_block), target.address])
+        call(entry, [*buffers, int(first_block), target.address, schedule.row_bytes])
         expected = weight @ values + (0 if first_block else known)
         np.testing.assert_array_equal(result[places], expected)

@@ -1,0 +1,334 @@
+"""Convolutions with many zero weights whose kernels are higher than one row, in float32.
+
+As in `sparse_convolution`, but the vectors of a panel lie one below the other in the image instead
+of side by side. What is under one row of the kernel is then, a vector further, also what is under
+the next one: a panel holds it once, is copied faster, and more channels of it stay in the first
+cache. Where the columns of the output end within a vector, vectors hold pieces of several rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.kernels import panel, source
+from graphopt.kernels.convolution import Image, epilogue_starts
+from graphopt.kernels.loops import SHARE, Arguments, indent
+from graphopt.kernels.nonzeros import (
+    WIDTHS,
+    Schedule,
+    depths,
+    pack_streams,
+    product_cycles,
+    product_lines,
+    rows_at_once,
+    wait_line,
+)
+from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.registry import Candidate, Packed, aligned_empty, register
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.sparse_convolution import BODY, SparseConvolutionCandidate, sparse_image
+from graphopt.kernels.stream import VECTOR_BYTES
+from graphopt.kernels.tile import CYCLES_PER_SECOND, VECTORS_PER_CYCLE, Epilogue, fill
+from graphopt.kernels.zeros import ZeroPattern
+
+_PIECES = tuple(LANES // count for count in (1, 2, 4) if LANES // count > 1)
+"""Lengths of the pieces of rows that a vector may hold."""
+_PACK_CYCLES = 2.5
+"""Cycles to copy a vector of one channel, besides `_PACK_START` for all."""
+_PACK_START = 20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Pixels that are computed at once, ``lanes`` of a row; ``row`` and ``column`` are the first.
+
+    Where a vector has more lanes, they hold the same columns of rows further down.
+    """
+
+    row: int
+    column: int
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Strips:
+    """What a panel has of one channel of the image, in vectors.
+
+    For every column of the kernel, and each of ``phases``, the rows of the image from that phase on
+    that are ``stride`` apart: ``lines`` of them.
+    """
+
+    lines: int
+    stride: int
+    phases: range
+    columns: int
+
+    @property
+    def vectors(self) -> int:
+        return self.columns * len(self.phases) * self.lines
+
+    def place(self, row: int, column: int) -> int:
+        """Where the row of the image that is ``row`` below a tile's first begins."""
+        phase = self.phases.index(row % self.stride)
+        return (column * len(self.phases) + phase) * self.lines + row // self.stride
+
+
+@dataclass(frozen=True)
+class SparseStripsCandidate(SparseConvolutionCandidate):
+    """One schedule: its ``width`` is the number of vectors of a tile."""
+
+    @property
+    def _tiles(self) -> tuple[Tile, ...]:
+        return tiles(self.image.out_size, self.schedule.width)
+
+    @property
+    def _strips(self) -> Strips:
+        return strips(self.image, self.schedule.width)
+
+    @property
+    def _panels(self) -> int:
+        return len(self._tiles)
+
+    @property
+    def _pack(self) -> int:
+        return source.shared(panel.pack_strips).address
+
+    def packing(self) -> tuple[object, ...]:
+        return (self.schedule, self._parts, self._tiles, self._strips, self.image.dilation)
+
+    def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        weight = constants[1]
+        assert weight is not None
+        image, count = self.image, self._block_channels
+        grouped = weight.reshape(image.groups, image.outputs, image.channels * image.taps)
+        blocks = [
+            group[:, first * image.taps : (first + count) * image.taps]
+            for group in grouped
+            for first in range(0, image.channels, count)
+        ]
+        cuts = aligned_empty((self._panels, 3), np.int64)
+        cuts[...] = [(tile.row, tile.column, tile.lanes) for tile in self._tiles]
+        return [*pack_streams(blocks, self.schedule, self._parts, self._steps()), cuts]
+
+    def _steps(self) -> np.ndarray:
+        """Where, in a panel, a tile finds what is under each tap of each channel, in vectors."""
+        image, own = self.image, self._strips
+        places = [
+            own.place(row * image.dilation[0], column)
+            for row in range(image.kernel[0])
+            for column in range(image.kernel[1])
+        ]
+        channels = np.arange(self._block_channels) * own.vectors
+        return np.add.outer(channels, places).reshape(-1)
+
+    def _arguments(self) -> Arguments:
+        block, own = super()._arguments(), self._strips
+        block.add("cuts", Packed(2))
+        block.add("lines", own.lines)
+        block.add("phase_step", own.phases.step)
+        block.add("pitch", VECTOR_BYTES * own.vectors)
+        block.add("out_height", self.image.out_size[0])
+        return block
+
+    def _lines(self, epilogue: Epilogue) -> list[str]:
+        schedule = self.schedule
+        sizes = {"ROWS": schedule.rows, "WIDTH": schedule.width}
+        parts = {
+            "prologue": epilogue.prologue(),
+            "share": SHARE,
+            "place": fill(_PLACE, {}, sizes),
+            "panel": fill(_PACK, {}, sizes),
+            "tail": [],
+            "product": product_lines(
+                schedule, _finish_lines(schedule, epilogue), _fetch_lines(schedule, epilogue)
+            ),
+        }
+        return fill(BODY, parts, sizes)
+
+
+@functools.cache
+def tiles(size: tuple[int, int], height: int) -> tuple[Tile, ...]:
+    """An output cut into as few tiles of ``height`` vectors as possible, from top to bottom."""
+    rows, columns = size
+    cut = [
+        Tile(row, column, lanes)
+        for column, lanes in _columns(rows, columns, height)
+        for row in range(0, rows, height * (LANES // lanes))
+    ]
+    return tuple(sorted(cut, key=lambda tile: (tile.row, tile.column)))
+
+
+def _columns(rows: int, columns: int, height: int) -> list[tuple[int, int]]:
+    """The first column of each tile that is uppermost, and the lengths of its pieces."""
+
+    @functools.cache
+    def best(left: int) -> tuple[int, tuple[int, ...]]:
+        """How few tiles ``left`` columns take, and the pieces."""
+        if left <= 0:
+            return 0, ()
+        found = []
+        for lanes in _PIECES:
+            number, pieces = best(left - lanes)
+            found.append((math.ceil(rows / (height * (LANES // lanes))) + number, (lanes, *pieces)))
+        return min(found, key=lambda one: one[0])
+
+    whole = max(columns // LANES - 1, 0)
+    lengths = (LANES,) * whole + best(columns - whole * LANES)[1]
+    return [(sum(lengths[:number]), lanes) for number, lanes in enumerate(lengths)]
+
+
+def strips(image: Image, height: int) -> Strips:
+    """What the panels of tiles of ``height`` vectors hold."""
+    stride, dilation = image.stride[0], image.dilation[0]
+    lines = height + (image.kernel[0] - 1) * dilation // stride
+    return Strips(lines, stride, range(0, stride, math.gcd(stride, dilation)), image.kernel[1])
+
+
+@register(ConvolutionProblem)
+def candidates(problem: ConvolutionProblem) -> list[Candidate]:
+    """Schedules that may suit the zeros; none where the weight has few or rows do not overlap."""
+    known = sparse_image(problem)
+    if known is None:
+        return []
+    image, zeros = known
+    found: list[Candidate] = []
+    for rows in rows_at_once(zeros):
+        for height in WIDTHS[rows]:
+            vectors = strips(image, height).vectors
+            if vectors >= height * image.taps:
+                continue
+            for channels in depths(image.channels, vectors, VECTOR_BYTES * vectors):
+                size = channels * vectors * VECTOR_BYTES
+                schedule = Schedule(rows, height, channels * image.taps, strips=size)
+                seconds = _cycles(image, schedule, zeros) / CYCLES_PER_SECOND
+                name = f"sparse convolution {schedule}"
+                found.append(SparseStripsCandidate(name, problem, seconds, image, schedule))
+    return found
+
+
+def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
+    """Cycles of all tasks together, roughly."""
+    depth = image.channels * image.taps
+    panels = tiles(image.out_size, schedule.width)
+    blocks = math.ceil(depth / schedule.depth)
+    copy = strips(image, schedule.width).vectors * (
+        image.channels * _PACK_CYCLES + blocks * _PACK_START
+    )
+    finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
+    product = product_cycles(schedule, zeros, image.outputs, depth)
+    pieces = sum(LANES // tile.lanes for tile in panels)
+    both = pieces * copy + len(panels) * (product + finish)
+    return image.batch * image.groups * both
+
+
+def _finish_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
+    """Lines that store a tile: as sums that wait, or finished."""
+    names = [f"s{row}_{line}" for row in range(schedule.rows) for line in range(schedule.width)]
+    parts = {
+        "wait": [wait_line(schedule, tail=False)],
+        "take": [f"{', '.join(names)} = tile"],
+        "whole": _store_lines(schedule, epilogue, ""),
+        "part": _store_lines(schedule, epilogue, "here"),
+    }
+    return fill(_FINISH, parts, {"ROWS": schedule.rows, "WIDTH": schedule.width})
+
+
+def _store_lines(schedule: Schedule, epilogue: Epilogue, mask: str) -> list[str]:
+    """Lines that finish and store, of each row of the weight, the vectors of a tile, or parts."""
+    below = [
+        "c += 4 * out_width",
+        *(
+            f"e{index} += {extra.width} * out_width"
+            for index, extra in enumerate(epilogue.extras)
+            if extra.along
+        ),
+    ]
+    lines: list[str] = []
+    for row in range(schedule.rows):
+        inner = [
+            "c = y + (image * groups * outputs + channel) * out_plane + 4 * start",
+            *epilogue_starts(epilogue),
+            *epilogue.row_lines(),
+        ]
+        for line in range(schedule.width):
+            store = epilogue.register_lines(f"s{row}_{line}", 0, mask)
+            if line:
+                store = [*below, *store]
+            if mask:
+                store = [f"if line + {line} < out_height:", *indent(1, store)]
+            inner += store
+        if row:
+            inner = [f"if rows > {row}:", *indent(1, ["channel += 1", *inner])]
+        lines += inner
+    return lines
+
+
+def _fetch_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
+    """Lines that fetch, while a row group is multiplied, what its epilogue will read."""
+    fetch = [
+        f"prefetch(e{index} + {row} * e{index}_row + {extra.width * line} * out_width)"
+        for index, extra in enumerate(epilogue.extras)
+        if extra.along
+        for row in range(schedule.rows)
+        for line in range(schedule.width)
+    ]
+    parts = {"starts": epilogue_starts(epilogue), "fetch": fetch}
+    return fill(_FETCH, parts, {"ROWS": schedule.rows}) if fetch else []
+
+
+_PLACE = """
+step = 4 * LANES
+cut = cuts + 24 * panel_number
+tile_row = read(cut, INT64)
+tile_column = read(cut + 8, INT64)
+lanes = read(cut + 16, INT64)
+whole = (
+    lanes == LANES and tile_column + LANES <= out_width and tile_row + WIDTH <= out_height
+)
+"""
+
+_PACK = """
+call_kernel(pack, (
+    panel, pitch, x + (place * channels + first_channel) * plane, plane,
+    min(channels - first_channel, block_channels), height, width,
+    tile_row, tile_column, lanes, WIDTH, lines, phase_step, kernel_width,
+    stride_height, stride_width, dilation_width, top, left,
+))
+"""
+
+_FETCH = """
+if block + 1 == blocks:
+    channel = group * outputs + number * ROWS
+    start = tile_row * out_width + tile_column
+    <starts>
+    <fetch>
+"""
+
+_FINISH = """
+if block + 1 < blocks:
+    <wait>
+else:
+    <take>
+    first_row = group * outputs + number * ROWS
+    rows = last - first_row
+    if whole:
+        channel = first_row
+        start = tile_row * out_width + tile_column
+        <whole>
+    else:
+        lane = 0
+        line = tile_row
+        while lane < LANES:
+            channel = first_row
+            end = lane + min(lanes, out_width - tile_column)
+            here = mask_first(end, FLOAT32) & ~mask_first(lane, FLOAT32)
+            start = line * out_width + tile_column - lane
+            <part>
+            lane += lanes
+            line += WIDTH
+"""
