@@ -56,8 +56,8 @@ class VectorMemory:
     def __init__(self, builder: ir.IRBuilder, vector: Vector) -> None:
         self.builder = builder
         self.vector = vector
-        self.bytes = vector.lanes * vector.bits // 8
-        self.alignment = vector.bits // 8
+        self.alignment = max(vector.bits // 8, 1)
+        self.bytes = vector.lanes * self.alignment
 
     def at(self, address: ir.Value, row: int, row_bytes: ir.Value, offset: int = 0) -> ir.Value:
         """The address ``row`` rows and ``offset`` bytes further."""
@@ -65,34 +65,37 @@ class VectorMemory:
         return self.builder.add(moved, int64_constant(offset)) if offset else moved
 
     def load(self, address: ir.Value) -> Register:
-        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
-        value = self.builder.load(pointer, align=self.alignment)
-        return Register(self.builder, self.vector, value)
+        return self._register(self.builder.load(self._pointer(address), align=self.alignment))
 
     def store(self, address: ir.Value, value: Register) -> None:
-        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
-        self.builder.store(value.value, pointer, align=self.alignment)
+        stored = _to_memory(self.builder, self.vector, value.value)
+        self.builder.store(stored, self._pointer(address), align=self.alignment)
 
     def load_masked(self, address: ir.Value, mask: ir.Value) -> Register:
-        zero = ir.Constant(self.vector.llvm, None)
-        value = self._masked("load", self.vector.llvm, [], address, [mask, zero])
-        return Register(self.builder, self.vector, value)
+        """The elements that are in the mask; others are zero, and not read."""
+        kind = _in_memory(self.vector)
+        arguments = [self._pointer(address), _alignment(self.vector), mask, ir.Constant(kind, None)]
+        return self._register(call(self.builder, self._name("load"), kind, arguments))
 
     def store_masked(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
-        self._masked("store", ir.VoidType(), [value.value], address, [mask])
-
-    def _masked(
-        self, verb: str, result: ir.Type, first: list, address: ir.Value, last: list
-    ) -> Any:
-        name = f"llvm.masked.{verb}.v{self.vector.lanes}f{self.vector.bits}.p0"
-        pointer = self.builder.inttoptr(address, self.vector.llvm.as_pointer())
-        alignment = ir.Constant(ir.IntType(32), self.alignment)
-        return call(self.builder, name, result, [*first, pointer, alignment, *last])
+        """Store the elements that are in the mask; what is at the others is not touched."""
+        stored = _to_memory(self.builder, self.vector, value.value)
+        arguments = [stored, self._pointer(address), _alignment(self.vector), mask]
+        call(self.builder, self._name("store"), ir.VoidType(), arguments)
 
     def broadcast(self, address: ir.Value) -> Register:
         """The number at ``address`` in every lane."""
         pointer = self.builder.inttoptr(address, self.vector.llvm_element.as_pointer())
         return splat(self.builder, self.vector, self.builder.load(pointer, align=self.alignment))
+
+    def _name(self, verb: str) -> str:
+        return f"llvm.masked.{verb}.{_masked_suffix(self.vector)}.p0"
+
+    def _pointer(self, address: ir.Value) -> ir.Value:
+        return _pointer(self.builder, address, _in_memory(self.vector))
+
+    def _register(self, value: ir.Value) -> Register:
+        return Register(self.builder, self.vector, _from_memory(self.builder, self.vector, value))
 
 
 @intrinsic
@@ -103,9 +106,7 @@ def load(typing: Any, address: Any, vector: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind)
-        value = builder.load(_pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
-        return _from_memory(builder, kind, value)
+        return VectorMemory(builder, kind).load(values[0]).value
 
     return kind(types.int64, vector), generate
 
@@ -118,7 +119,7 @@ def load_masked(typing: Any, address: Any, vector: Any, mask: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        return _load_masked(builder, kind, values[0], values[2]).value
+        return VectorMemory(builder, kind).load_masked(values[0], values[2]).value
 
     return kind(types.int64, vector, mask), generate
 
@@ -130,9 +131,7 @@ def store(typing: Any, address: Any, value: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored = _to_memory(builder, value, values[1])
-        pointer = _pointer(builder, values[0], stored.type)
-        builder.store(stored, pointer, align=max(value.bits // 8, 1))
+        VectorMemory(builder, value).store(values[0], Register(builder, value, values[1]))
         return context.get_dummy_value()
 
     return types.void(types.int64, value), generate
@@ -145,10 +144,8 @@ def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored = _to_memory(builder, value, values[1])
-        name = f"llvm.masked.store.{_masked_suffix(value)}.p0"
-        pointer = _pointer(builder, values[0], stored.type)
-        call(builder, name, ir.VoidType(), [stored, pointer, _alignment(value), values[2]])
+        stored = Register(builder, value, values[1])
+        VectorMemory(builder, value).store_masked(values[0], stored, values[2])
         return context.get_dummy_value()
 
     return types.void(types.int64, value, mask), generate
@@ -291,7 +288,7 @@ def load_three(typing: Any, address: Any, vector: Any, low: Any, high: Any, last
         inside = ir.Constant(ir.VectorType(ir.IntType(32), few.lanes), list(range(few.lanes)))
         mask = builder.shuffle_vector(values[4], values[4], inside)
         behind = builder.add(values[0], int64_constant(2 * kind.lanes * kind.bits // 8))
-        more = _load_masked(builder, few, behind, mask).resize(kind.lanes)
+        more = VectorMemory(builder, few).load_masked(behind, mask).resize(kind.lanes)
         shifted = evens.shuffle(list(range(1, kind.lanes + 1)), more)
         made = [register.value for register in (evens, odds, shifted)]
         return context.make_tuple(builder, sig.return_type, made)
@@ -303,22 +300,12 @@ def _two_vectors(
     builder: ir.IRBuilder, kind: Vector, address: ir.Value, masks: Sequence[ir.Value]
 ) -> list[Register]:
     """Two vectors that follow one another in memory, of the elements in each one's mask."""
-    second = builder.add(address, int64_constant(kind.lanes * max(kind.bits // 8, 1)))
+    memory = VectorMemory(builder, kind)
+    second = builder.add(address, int64_constant(memory.bytes))
     return [
-        _load_masked(builder, kind, start, mask)
+        memory.load_masked(start, mask)
         for start, mask in zip((address, second), masks, strict=True)
     ]
-
-
-def _load_masked(
-    builder: ir.IRBuilder, kind: Vector, address: ir.Value, mask: ir.Value
-) -> Register:
-    """The elements at ``address`` that are in the mask; others are zero, and not read."""
-    memory = _in_memory(kind)
-    arguments = [_pointer(builder, address, memory), _alignment(kind), mask]
-    name = f"llvm.masked.load.{_masked_suffix(kind)}.p0"
-    value = call(builder, name, memory, [*arguments, ir.Constant(memory, None)])
-    return Register(builder, kind, _from_memory(builder, kind, value))
 
 
 @intrinsic

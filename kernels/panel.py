@@ -82,6 +82,9 @@ def pack_taps(
             left,
         )
         return
+    # Of rows that are shorter than a vector, each is spoilt by the one before it.
+    together = kernel_width == 3 and stride_width == 2 and dilation_width == 1
+    together = together and pitch >= 4 * LANES
     for vector in range(vectors):
         start = first + vector * LANES
         count = min(pixels - start, LANES)
@@ -96,9 +99,7 @@ def pack_taps(
                 inside = width if 0 <= source_row < height else 0
                 source_column = (column - lane) * stride_width - left
                 source = image + 4 * (source_row * width + source_column)
-                neighbours = kernel_width == 3 and stride_width == 2 and dilation_width == 1
-                # Of rows that are shorter than a vector, each is spoilt by the one before it.
-                if neighbours and pitch >= 4 * LANES:
+                if together:
                     pack_three(target, pitch, source, plane, channels, source_column, inside, lane)
                     target += 3 * channels * pitch
                     continue
@@ -190,34 +191,34 @@ def pack_pixels(
     written = ~mask_first(lane, FLOAT32)
     inside = mask_between(start, stride, width, FLOAT32)
     if stride == 1:
-        if lane == 0:
-            for _ in range(channels):
-                store(target, load_masked(source, FLOAT32, inside))
-                source += plane
-                target += pitch
-        else:
-            for _ in range(channels):
-                store_masked(target, load_masked(source, FLOAT32, inside), written)
-                source += plane
-                target += pitch
+        for _ in range(channels):
+            put(target, load_masked(source, FLOAT32, inside), lane, written)
+            source += plane
+            target += pitch
     elif stride == 2:
         low = mask_between(start, 1, width, FLOAT32)
         high = mask_between(start + LANES, 1, width, FLOAT32)
-        if lane == 0:
-            for _ in range(channels):
-                store(target, load_even(source, FLOAT32, low, high))
-                source += plane
-                target += pitch
-        else:
-            for _ in range(channels):
-                store_masked(target, load_even(source, FLOAT32, low, high), written)
-                source += plane
-                target += pitch
-    else:
         for _ in range(channels):
-            store_masked(target, gather(source, 4 * stride, FLOAT32, inside), written)
+            put(target, load_even(source, FLOAT32, low, high), lane, written)
             source += plane
             target += pitch
+    else:
+        for _ in range(channels):
+            put(target, gather(source, 4 * stride, FLOAT32, inside), lane, written)
+            source += plane
+            target += pitch
+
+
+@inlined
+def put(target: int, value: Any, lane: int, written: Any) -> None:
+    """Store a vector, but for the lanes before ``lane``; ``written`` is the mask of the others.
+
+    Whole vectors are stored faster.
+    """
+    if lane == 0:
+        store(target, value)
+    else:
+        store_masked(target, value, written)
 
 
 @inlined
@@ -238,22 +239,13 @@ def pack_three(
     high = mask_between(start + LANES, 1, width, FLOAT32)
     last = mask_between(start + 2 * LANES, 1, width, FLOAT32)
     step = channels * pitch
-    if lane == 0:
-        for _ in range(channels):
-            first, second, third = load_three(source, FLOAT32, low, high, last)
-            store(target, first)
-            store(target + step, second)
-            store(target + 2 * step, third)
-            source += plane
-            target += pitch
-    else:
-        for _ in range(channels):
-            first, second, third = load_three(source, FLOAT32, low, high, last)
-            store_masked(target, first, written)
-            store_masked(target + step, second, written)
-            store_masked(target + 2 * step, third, written)
-            source += plane
-            target += pitch
+    for _ in range(channels):
+        first, second, third = load_three(source, FLOAT32, low, high, last)
+        put(target, first, lane, written)
+        put(target + step, second, lane, written)
+        put(target + 2 * step, third, lane, written)
+        source += plane
+        target += pitch
 
 
 @inlined

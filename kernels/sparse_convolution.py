@@ -8,7 +8,7 @@ the zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,6 @@ from graphopt.kernels.registry import (
     like_output,
     register,
 )
-from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     VECTORS_PER_CYCLE,
@@ -87,17 +86,21 @@ class SparseConvolutionCandidate(Candidate):
         return (self.schedule, self._parts)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        blocks = [block.transpose(0, 2, 1) for block in self._weights(constants)]
+        matrices = [block.reshape(self.image.outputs, -1) for block in blocks]
+        return pack_streams(matrices, self.schedule, self._parts)
+
+    def _weights(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """The weight (outputs, channels, taps) of each block of each group."""
         weight = constants[1]
         assert weight is not None
         image = self.image
         grouped = weight.reshape(image.groups, image.outputs, image.channels, image.taps)
-        blocks = [
-            group[:, first : first + self._block_channels].transpose(0, 2, 1)
+        return [
+            group[:, first : first + self._block_channels]
             for group in grouped
             for first in range(0, image.channels, self._block_channels)
         ]
-        matrices = [block.reshape(image.outputs, -1) for block in blocks]
-        return pack_streams(matrices, self.schedule, self._parts)
 
     def overwrites(self) -> tuple[int, ...]:
         return like_output(self.problem, range(2, len(self.problem.inputs)))
@@ -161,7 +164,7 @@ class SparseConvolutionCandidate(Candidate):
             "product": product_lines(
                 schedule,
                 _finish_lines(schedule, epilogue, tail=False),
-                _fetch_lines(schedule, epilogue),
+                fetch_lines(schedule.rows, epilogue, schedule.width + 1, "LANES"),
                 _finish_lines(schedule, epilogue, tail=True) if schedule.tail else (),
             ),
         }
@@ -171,28 +174,34 @@ class SparseConvolutionCandidate(Candidate):
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Schedules that may suit the zeros; none where the weight has few."""
-    known = sparse_image(problem)
-    if known is None:
-        return []
-    image, zeros = known
-    found: list[Candidate] = []
-    depth = image.channels * image.taps
-    pitch = 4 * image.plane if image.is_pointwise else 0
-    for schedule in schedules(zeros, depth, image.pixels, image.taps, image.out_size[1], pitch):
-        name = f"sparse convolution {schedule}"
-        seconds = _cycles(image, schedule, zeros) / CYCLES_PER_SECOND
-        found.append(SparseConvolutionCandidate(name, problem, seconds, image, schedule))
-    return found
+    return sparse_candidates(problem, SparseConvolutionCandidate, _schedules, _cycles)
 
 
-def sparse_image(problem: ConvolutionProblem) -> tuple[Image, ZeroPattern] | None:
-    """A convolution's image and its weight's zeros; None where these are few."""
+def sparse_candidates(
+    problem: ConvolutionProblem,
+    kind: type[SparseConvolutionCandidate],
+    suitable: Callable[[Image, ZeroPattern], Iterable[Schedule]],
+    cycles: Callable[[Image, Schedule, ZeroPattern], float],
+) -> list[Candidate]:
+    """A candidate of a kind for each schedule that suits the zeros; none where there are few."""
     problem.check()
     image = image_of(problem, padded=True)
     weight = problem.inputs[1]
     if image is None or not isinstance(weight, ConstantOperand) or weight.zeros is None:
-        return None
-    return None if problem.outputs[0].size == 0 else (image, weight.zeros)
+        return []
+    if problem.outputs[0].size == 0:
+        return []
+    found: list[Candidate] = []
+    for schedule in suitable(image, weight.zeros):
+        seconds = cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
+        found.append(kind(f"sparse convolution {schedule}", problem, seconds, image, schedule))
+    return found
+
+
+def _schedules(image: Image, zeros: ZeroPattern) -> Iterable[Schedule]:
+    depth = image.channels * image.taps
+    pitch = 4 * image.plane if image.is_pointwise else 0
+    return schedules(zeros, depth, image.pixels, image.taps, image.out_size[1], pitch)
 
 
 def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
@@ -234,25 +243,29 @@ def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[st
     return fill(_FINISH, parts, {"ROWS": rows})
 
 
-def _fetch_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
+def fetch_lines(
+    rows: int, epilogue: Epilogue, lines: int, step: str, start: Sequence[str] = ()
+) -> list[str]:
     """Lines that fetch, while a row group is multiplied, what its epilogue will read.
 
-    That is too little in a row for the CPU to foresee it.
+    That is too little in a row for the CPU to foresee it. Of each operand, ``lines`` lines of the
+    cache are fetched that are ``step`` elements apart; the lines ``start`` find the first pixel.
     """
     fetch = [
-        f"prefetch(e{index} + {row} * e{index}_row + {line * extra.width * LANES})"
+        f"prefetch(e{index} + {row} * e{index}_row + {line * extra.width} * {step})"
         for index, extra in enumerate(epilogue.extras)
         if extra.along
-        for row in range(schedule.rows)
-        for line in range(schedule.width + 1)
+        for row in range(rows)
+        for line in range(lines)
     ]
-    parts = {"starts": epilogue_starts(epilogue), "fetch": fetch}
-    return fill(_FETCH, parts, {"ROWS": schedule.rows}) if fetch else []
+    parts = {"start": start, "starts": epilogue_starts(epilogue), "fetch": fetch}
+    return fill(_FETCH, parts, {"ROWS": rows}) if fetch else []
 
 
 _FETCH = """
 if block + 1 == blocks:
     channel = group * outputs + number * ROWS
+    <start>
     <starts>
     <fetch>
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +31,14 @@ from graphopt.kernels.nonzeros import (
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, Packed, aligned_empty, register
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.sparse_convolution import BODY, SparseConvolutionCandidate, sparse_image
+from graphopt.kernels.sparse_convolution import (
+    BODY,
+    SparseConvolutionCandidate,
+    fetch_lines,
+    sparse_candidates,
+)
 from graphopt.kernels.stream import VECTOR_BYTES
-from graphopt.kernels.tile import CYCLES_PER_SECOND, VECTORS_PER_CYCLE, Epilogue, fill
+from graphopt.kernels.tile import VECTORS_PER_CYCLE, Epilogue, fill
 from graphopt.kernels.zeros import ZeroPattern
 
 _PIECES = tuple(LANES // count for count in (1, 2, 4) if LANES // count > 1)
@@ -102,18 +107,10 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
         return (self.schedule, self._parts, self._tiles, self._strips, self.image.dilation)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        weight = constants[1]
-        assert weight is not None
-        image, count = self.image, self._block_channels
-        grouped = weight.reshape(image.groups, image.outputs, image.channels * image.taps)
-        blocks = [
-            group[:, first * image.taps : (first + count) * image.taps]
-            for group in grouped
-            for first in range(0, image.channels, count)
-        ]
+        matrices = [block.reshape(self.image.outputs, -1) for block in self._weights(constants)]
         cuts = aligned_empty((self._panels, 3), np.int64)
         cuts[...] = [(tile.row, tile.column, tile.lanes) for tile in self._tiles]
-        return [*pack_streams(blocks, self.schedule, self._parts, self._steps()), cuts]
+        return [*pack_streams(matrices, self.schedule, self._parts, self._steps()), cuts]
 
     def _steps(self) -> np.ndarray:
         """Where, in a panel, a tile finds what is under each tap of each channel, in vectors."""
@@ -145,7 +142,9 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
             "panel": fill(_PACK, {}, sizes),
             "tail": [],
             "product": product_lines(
-                schedule, _finish_lines(schedule, epilogue), _fetch_lines(schedule, epilogue)
+                schedule,
+                _finish_lines(schedule, epilogue),
+                fetch_lines(schedule.rows, epilogue, schedule.width, "out_width", [_START]),
             ),
         }
         return fill(BODY, parts, sizes)
@@ -192,11 +191,10 @@ def strips(image: Image, height: int) -> Strips:
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Schedules that may suit the zeros; none where the weight has few or rows do not overlap."""
-    known = sparse_image(problem)
-    if known is None:
-        return []
-    image, zeros = known
-    found: list[Candidate] = []
+    return sparse_candidates(problem, SparseStripsCandidate, _schedules, _cycles)
+
+
+def _schedules(image: Image, zeros: ZeroPattern) -> Iterator[Schedule]:
     for rows in rows_at_once(zeros):
         for height in WIDTHS[rows]:
             vectors = strips(image, height).vectors
@@ -204,11 +202,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
                 continue
             for channels in depths(image.channels, vectors, VECTOR_BYTES * vectors):
                 size = channels * vectors * VECTOR_BYTES
-                schedule = Schedule(rows, height, channels * image.taps, strips=size)
-                seconds = _cycles(image, schedule, zeros) / CYCLES_PER_SECOND
-                name = f"sparse convolution {schedule}"
-                found.append(SparseStripsCandidate(name, problem, seconds, image, schedule))
-    return found
+                yield Schedule(rows, height, channels * image.taps, strips=size)
 
 
 def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
@@ -232,6 +226,7 @@ def _finish_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     parts = {
         "wait": [wait_line(schedule, tail=False)],
         "take": [f"{', '.join(names)} = tile"],
+        "start": [_START],
         "whole": _store_lines(schedule, epilogue, ""),
         "part": _store_lines(schedule, epilogue, "here"),
     }
@@ -268,18 +263,7 @@ def _store_lines(schedule: Schedule, epilogue: Epilogue, mask: str) -> list[str]
     return lines
 
 
-def _fetch_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
-    """Lines that fetch, while a row group is multiplied, what its epilogue will read."""
-    fetch = [
-        f"prefetch(e{index} + {row} * e{index}_row + {extra.width * line} * out_width)"
-        for index, extra in enumerate(epilogue.extras)
-        if extra.along
-        for row in range(schedule.rows)
-        for line in range(schedule.width)
-    ]
-    parts = {"starts": epilogue_starts(epilogue), "fetch": fetch}
-    return fill(_FETCH, parts, {"ROWS": schedule.rows}) if fetch else []
-
+_START = "start = tile_row * out_width + tile_column"
 
 _PLACE = """
 step = 4 * LANES
@@ -301,14 +285,6 @@ call_kernel(pack, (
 ))
 """
 
-_FETCH = """
-if block + 1 == blocks:
-    channel = group * outputs + number * ROWS
-    start = tile_row * out_width + tile_column
-    <starts>
-    <fetch>
-"""
-
 _FINISH = """
 if block + 1 < blocks:
     <wait>
@@ -318,7 +294,7 @@ else:
     rows = last - first_row
     if whole:
         channel = first_row
-        start = tile_row * out_width + tile_column
+        <start>
         <whole>
     else:
         lane = 0

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -130,17 +131,37 @@ def measure(
     memory.
     """
     packed = [candidate.pack(constants) for candidate in timed]
+    sets = _sets(timed[0].problem, constants)
     programs = [
-        single_kernel(candidate, constants, threads, arrays)
+        (single_kernel(candidate, constants, threads, arrays), sets)
         for candidate, arrays in zip(timed, packed, strict=True)
     ]
-    sets = [programs[0][1]]
-    once = max(sum(tensor.nbytes for tensor in sets[0]), 1)
-    for _ in range(min(math.ceil(FAR / once), MOST_SETS) - 1):
-        sets.append([tensor.clone() for tensor in sets[0]])
     fetching = [sum(array.nbytes for array in arrays) / MEMORY_SPEED for arrays in packed]
-    least = least_times([(program, sets) for program, _ in programs])
-    return [max(pair) for pair in zip(fetching, least, strict=True)]
+    return [max(pair) for pair in zip(fetching, least_times(programs), strict=True)]
+
+
+def _sets(problem: Problem, constants: Sequence[np.ndarray | None]) -> list[list[torch.Tensor]]:
+    """As many sets of equal random inputs as are not in the nearest caches together."""
+    generator = torch.Generator().manual_seed(0)
+    first = [
+        _sample(operand, generator)
+        for operand, constant in _with_constants(problem, constants)
+        if constant is None
+    ]
+    once = max(sum(tensor.nbytes for tensor in first), 1)
+    more = range(min(math.ceil(FAR / once), MOST_SETS) - 1)
+    return [first, *([tensor.clone() for tensor in first] for _ in more)]
+
+
+def _with_constants(
+    problem: Problem, constants: Sequence[np.ndarray | None]
+) -> list[tuple[Operand, np.ndarray | None]]:
+    """The operands that a problem reads, each with its array if it is constant."""
+    known = itertools.chain(constants, itertools.repeat(None))
+    return [
+        (operand, array if isinstance(operand, ConstantOperand) else None)
+        for operand, array in zip(problem.inputs, known, strict=False)
+    ]
 
 
 def least_times(
@@ -162,16 +183,15 @@ def least_times(
 
 def _least_time(program: Callable[..., object], sets: Sequence[Sequence[torch.Tensor]]) -> float:
     best, spent = float("inf"), 0.0
-    results: list[object] = [None] * len(sets)
-    for number in itertools.count():
-        place = number % len(sets)
+    # Results are kept for a while: their memory would be used again at once.
+    kept: deque[object] = deque(maxlen=len(sets))
+    turns = itertools.cycle(sets)
+    while spent < SECONDS_PER_TURN:
+        inputs = next(turns)
         start = time.perf_counter()
-        # What was made before is kept for a while: its memory would be used again at once.
-        results[place] = program(*sets[place])
+        kept.append(program(*inputs))
         elapsed = time.perf_counter() - start
         best, spent = min(best, elapsed), spent + elapsed
-        if spent >= SECONDS_PER_TURN:
-            break
     return best
 
 
@@ -180,20 +200,15 @@ def single_kernel(
     constants: Sequence[np.ndarray | None],
     threads: int,
     packed: Sequence[np.ndarray],
-) -> tuple[Program, list[torch.Tensor]]:
-    """A program of one kernel with its packed constants, and random inputs for it."""
+) -> Program:
+    """A program of one kernel with its packed constants."""
     problem, builder = candidate.problem, ProgramBuilder()
-    generator = torch.Generator().manual_seed(0)
-    inputs, keys = [], []
-    for place, operand in enumerate(problem.inputs):
-        keys.append(("input", place))
-        constant = constants[place] if place < len(constants) else None
-        if isinstance(operand, ConstantOperand) and constant is not None:
-            builder.add_constant(keys[-1], constant)
-            continue
-        sample = _sample(operand, generator)
-        builder.add_input(keys[-1], sample.shape, sample.dtype)
-        inputs.append(sample)
+    keys = [("input", place) for place in range(len(problem.inputs))]
+    for key, (operand, constant) in zip(keys, _with_constants(problem, constants), strict=True):
+        if constant is None:
+            builder.add_input(key, _memory(operand), getattr(torch, operand.dtype))
+        else:
+            builder.add_constant(key, constant)
     outputs = [("output", place) for place in range(len(problem.outputs))]
     for key, operand in zip(outputs, problem.outputs, strict=True):
         builder.add_buffer(key, _memory(operand), getattr(torch, operand.dtype))
@@ -208,7 +223,7 @@ def single_kernel(
     )
     for key in outputs:
         builder.add_output(key)
-    return builder.build(threads), inputs
+    return builder.build(threads)
 
 
 def _memory(operand: Operand) -> tuple[int, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,10 +44,12 @@ def _own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def known(
-    monkeypatch: pytest.MonkeyPatch, times: dict[str, tuple[float, float]]
+    monkeypatch: pytest.MonkeyPatch,
+    times: dict[str, tuple[float, float]],
+    problem: MatmulProblem = PROBLEM,
 ) -> list[list[str]]:
     """Candidates of these (estimated, measured) times; returns what is measured, call by call."""
-    found = [Named(name, PROBLEM, estimate) for name, (estimate, _) in times.items()]
+    found = [Named(name, problem, estimate) for name, (estimate, _) in times.items()]
     found.sort(key=lambda candidate: candidate.estimate)
     calls: list[list[str]] = []
 
@@ -104,33 +108,26 @@ def test_weights_with_as_many_zeros_share_their_times(monkeypatch: pytest.Monkey
         constant = replace(PROBLEM.inputs[1], zeros=zero_pattern(weight))
         return replace(PROBLEM, inputs=(PROBLEM.inputs[0], constant))
 
-    calls = 0
+    measured = 0
     for seed, density, count in ((1, 0.2, 1), (2, 0.2, 1), (3, 0.201, 1), (4, 0.3, 2)):
         problem = pruned(seed, density)
-        found = [replace(one, problem=problem) for one in known_candidates()]
-        monkeypatch.setattr(selection, "candidates", lambda problem, found=found: found)
-
-        def made_up(*given: object) -> list[float]:
-            nonlocal calls
-            calls += 1
-            return [2.0, 1.0]
-
-        monkeypatch.setattr(selection, "measure", made_up)
+        calls = known(monkeypatch, {"a": (1.0, 2.0), "b": (1.5, 1.0)}, problem)
         assert choose(problem, [None, WEIGHT], 2, MEASURED).kernel == "b"
-        assert calls == count
+        measured += len(calls)
+        assert measured == count
 
 
-def known_candidates() -> list[Named]:
-    return [Named("a", PROBLEM, 1.0), Named("b", PROBLEM, 1.5)]
-
-
-def test_sets_of_inputs_take_turns() -> None:
+def test_sets_of_inputs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A call takes a third of a turn: between two looks at the clock.
+    ticks = itertools.count()
+    third = selection.SECONDS_PER_TURN / 2.9
+    clock = SimpleNamespace(perf_counter=lambda: third * next(ticks))
+    monkeypatch.setattr(selection, "time", clock)
     seen: list[int] = []
-    times = least_times([(seen.append, [[1], [2], [3]])], turns=2)  # type: ignore[list-item]
-    assert len(times) == 1
-    assert times[0] > 0
+    times = least_times([(seen.append, [[1], [2], [3], [4]])], turns=2)  # type: ignore[list-item]
+    assert times == pytest.approx([third])
     # The first call of all does not count, and each turn begins with the first set.
-    assert seen[:5] == [1, 1, 2, 3, 1]
+    assert seen == [1, 1, 2, 3, 1, 2, 3]
 
 
 def test_nothing_solves_it(monkeypatch: pytest.MonkeyPatch) -> None:

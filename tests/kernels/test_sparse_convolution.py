@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -85,15 +87,20 @@ def with_residual(
     return problem, [x, weight, added], np.maximum(y + added, 0), magnitude
 
 
+def extremes(found: Sequence[SparseConvolutionCandidate]) -> list[Candidate]:
+    """The one with the most rows at once and, of these, the most blocks; and the last."""
+    most = max(one.schedule.rows for one in found)
+    blocked = min(found, key=lambda one: (one.schedule.rows != most, one.schedule.depth))
+    return [blocked, found[-1]]
+
+
 @pytest.mark.parametrize("name", TAILS)
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_tails(name: str, rows: int) -> None:
     problem, inputs, expected, magnitude = with_residual(TAILS[name], rows)
     found = [one for one in candidates(problem) if type(one) is SparseConvolutionCandidate]
     assert LANES != 16 or all(one.schedule.tail for one in found)
-    most = max(one.schedule.rows for one in found)
-    blocked = min(found, key=lambda one: (one.schedule.rows != most, one.schedule.depth))
-    check(problem, inputs, expected, magnitude, found=[blocked, found[-1]])
+    check(problem, inputs, expected, magnitude, found=extremes(found))
 
 
 @pytest.mark.parametrize("rows", [1, 4])
