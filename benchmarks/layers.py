@@ -22,7 +22,8 @@ from rich.table import Table
 
 import graphopt
 from graphopt.engine.selection import measure as least_times
-from graphopt.kernels.problem import ConstantOperand, Layout, MatmulProblem, Operand
+from graphopt.kernels.operand import ConstantOperand, Layout, Operand
+from graphopt.kernels.problem import MatmulProblem
 from graphopt.kernels.registry import candidates
 from graphopt.report import Layer
 

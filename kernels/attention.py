@@ -20,7 +20,8 @@ from graphopt.kernels.loops import (
     collapse,
     kernel_text,
 )
-from graphopt.kernels.problem import ITEM_BYTES, AttentionProblem
+from graphopt.kernels.operand import ITEM_BYTES
+from graphopt.kernels.problem import AttentionProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

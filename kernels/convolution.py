@@ -21,13 +21,8 @@ import numpy as np
 
 from graphopt.kernels import matmul, panel, source
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import (
-    ConstantOperand,
-    ConvolutionProblem,
-    Layout,
-    MatmulProblem,
-    Operand,
-)
+from graphopt.kernels.operand import ConstantOperand, Layout, Operand
+from graphopt.kernels.problem import ConvolutionProblem, MatmulProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

@@ -24,8 +24,9 @@ from graphopt.kernels.loops import (
     indent,
     kernel_text,
 )
+from graphopt.kernels.operand import ITEM_BYTES, Layout, Operand
 from graphopt.kernels.pointwise import WORTH_SHARING, ElementwiseLoop, transfer_time
-from graphopt.kernels.problem import ITEM_BYTES, CopyProblem, Layout, Operand, Piece
+from graphopt.kernels.problem import CopyProblem, Piece
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
 
 _BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from graphopt.kernels import source
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.operand import ITEM_BYTES, Layout
 from graphopt.kernels.pointwise import WORTH_SHARING, transfer_time
-from graphopt.kernels.problem import ITEM_BYTES, GatherProblem, Layout
+from graphopt.kernels.problem import GatherProblem
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
 from graphopt.kernels.tile import fill
 

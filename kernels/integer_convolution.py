@@ -20,7 +20,7 @@ import numpy as np
 from graphopt.kernels import source
 from graphopt.kernels.integer_problems import NUMBERS, IntegerConvolutionProblem
 from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
-from graphopt.kernels.problem import GROUP
+from graphopt.kernels.operand import GROUP
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

@@ -19,7 +19,7 @@ from graphopt.kernels.integer_problems import (
     QuantizeProblem,
 )
 from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
-from graphopt.kernels.problem import GROUP, Layout, Operand
+from graphopt.kernels.operand import GROUP, Layout, Operand
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

@@ -17,7 +17,7 @@ from graphopt.kernels import source
 from graphopt.kernels.integer_convolution import corrected_bias
 from graphopt.kernels.integer_problems import IntegerMatmulProblem
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import GROUP
+from graphopt.kernels.operand import GROUP
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

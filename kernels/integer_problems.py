@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from graphopt.kernels.problem import GROUP, ConstantOperand, Layout, Operand, Problem
+from graphopt.kernels.operand import GROUP, ConstantOperand, Layout, Operand
+from graphopt.kernels.problem import Problem
 
 NUMBERS = (
     "x_zero_point",

@@ -22,7 +22,7 @@ from graphopt.kernels.integer_convolution import (
 )
 from graphopt.kernels.integer_problems import IntegerConvolutionProblem, IntegerPoolingProblem
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import GROUP, Layout
+from graphopt.kernels.operand import GROUP, Layout
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

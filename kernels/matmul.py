@@ -18,7 +18,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from graphopt.kernels import source
 from graphopt.kernels.loops import SHARE, Arguments, broadcast_strides, collapse, kernel_text
-from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, MatmulProblem, Operand
+from graphopt.kernels.operand import ITEM_BYTES, ConstantOperand, Operand
+from graphopt.kernels.problem import MatmulProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

@@ -24,8 +24,9 @@ from graphopt.kernels.loops import (
     indent,
     kernel_text,
 )
+from graphopt.kernels.operand import ITEM_BYTES, Layout
 from graphopt.kernels.pointwise import CYCLES_PER_SECOND, WORTH_SHARING, transfer_time
-from graphopt.kernels.problem import ITEM_BYTES, Layout, NormalizationProblem
+from graphopt.kernels.problem import NormalizationProblem
 from graphopt.kernels.registry import Candidate, Input, Output, Step, register
 from graphopt.kernels.rows import accumulators, load, segments, store, vectors
 from graphopt.kernels.simd import LANES

@@ -27,7 +27,8 @@ from graphopt.kernels.loops import (
     indent,
     kernel_text,
 )
-from graphopt.kernels.problem import ITEM_BYTES, PointwiseProblem
+from graphopt.kernels.operand import ITEM_BYTES
+from graphopt.kernels.problem import PointwiseProblem
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
 from graphopt.kernels.simd import LANES
 

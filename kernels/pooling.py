@@ -15,7 +15,8 @@ import numpy as np
 
 from graphopt.kernels import source
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import AdaptivePoolingProblem, Layout, Operand, PoolingProblem
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import AdaptivePoolingProblem, PoolingProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

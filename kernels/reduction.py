@@ -26,8 +26,9 @@ from graphopt.kernels.loops import (
     indent,
     kernel_text,
 )
+from graphopt.kernels.operand import ITEM_BYTES
 from graphopt.kernels.pointwise import CYCLES_PER_SECOND, WORTH_SHARING, transfer_time
-from graphopt.kernels.problem import ITEM_BYTES, ReductionProblem
+from graphopt.kernels.problem import ReductionProblem
 from graphopt.kernels.registry import Candidate, Input, Output, Step, register
 from graphopt.kernels.simd import LANES
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from graphopt.kernels.integer_problems import NUMBERS
 from graphopt.kernels.loops import indent
-from graphopt.kernels.problem import GROUP
+from graphopt.kernels.operand import GROUP
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.words import ROUNDING_BITS

@@ -31,7 +31,8 @@ from graphopt.kernels.nonzeros import (
     schedules,
     wait_line,
 )
-from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem
+from graphopt.kernels.operand import ConstantOperand
+from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

@@ -28,7 +28,7 @@ from graphopt.kernels.integer_convolution import (
 )
 from graphopt.kernels.integer_problems import IntegerConvolutionProblem, IntegerMatmulProblem
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import GROUP, ConstantOperand
+from graphopt.kernels.operand import GROUP, ConstantOperand
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

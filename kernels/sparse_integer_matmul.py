@@ -14,7 +14,7 @@ from graphopt.kernels import source
 from graphopt.kernels.integer_convolution import IntegerImage
 from graphopt.kernels.integer_problems import IntegerMatmulProblem
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import GROUP, ConstantOperand
+from graphopt.kernels.operand import GROUP, ConstantOperand
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

@@ -30,7 +30,8 @@ from graphopt.kernels.nonzeros import (
     schedules,
     wait_line,
 )
-from graphopt.kernels.problem import ConstantOperand, MatmulProblem
+from graphopt.kernels.operand import ConstantOperand
+from graphopt.kernels.problem import MatmulProblem
 from graphopt.kernels.registry import (
     Argument,
     Candidate,

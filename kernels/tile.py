@@ -22,7 +22,7 @@ from graphopt.kernels.emission import emit, unsupported
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import broadcast_strides, indent
 from graphopt.kernels.memory import VectorMemory, fetch_ahead, first_lanes, int64_constant
-from graphopt.kernels.problem import ITEM_BYTES, Operand
+from graphopt.kernels.operand import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector
 
 CYCLES_PER_SECOND = 3.5e9

@@ -16,7 +16,7 @@ import numpy as np
 from graphopt.kernels import source
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import (
     Argument,
     Input,

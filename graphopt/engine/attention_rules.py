@@ -8,7 +8,8 @@ from graphopt.engine.layer_rules import Layer, layer_rule
 from graphopt.engine.work import Scope, dtype_name
 from graphopt.ir import Node
 from graphopt.kernels.expression import Expression
-from graphopt.kernels.problem import AttentionProblem, Operand, Problem
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import AttentionProblem, Problem
 
 
 @layer_rule("aten.scaled_dot_product_attention")

@@ -9,7 +9,8 @@ import torch
 
 from graphopt.engine.work import KernelWork, Scope, Work
 from graphopt.ir import Node, Value
-from graphopt.kernels.problem import GatherProblem, Operand
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import GatherProblem
 from graphopt.kernels.registry import candidates
 
 

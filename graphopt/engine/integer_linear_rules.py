@@ -20,7 +20,7 @@ from graphopt.kernels.integer_problems import (
     IntegerMatmulProblem,
     WeightOnlyMatmulProblem,
 )
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 
 
 def linear(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:

@@ -21,7 +21,7 @@ from graphopt.engine.quantization import Bytes, flattened_pixels, image_of, is_g
 from graphopt.engine.work import AliasWork, Scope
 from graphopt.ir import Node
 from graphopt.kernels.integer_problems import IntegerPoolingProblem
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 
 
 def max_pool(scope: Scope, node: Node, target: Target) -> IntegerUnit | None:

@@ -11,7 +11,8 @@ import torch
 from graphopt.engine.quantization import DEQUANTIZE, Bytes, Scheme
 from graphopt.engine.work import Derived, KernelWork, Scope, Work
 from graphopt.ir import Node, Value
-from graphopt.kernels.problem import Operand, Problem
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import Problem
 from graphopt.kernels.registry import candidates
 
 _LARGEST_BIAS = 2**31 - 1

@@ -11,13 +11,8 @@ from graphopt.engine.view_rules import zero_padding
 from graphopt.engine.work import Derived, Scope
 from graphopt.ir import Node, Value
 from graphopt.kernels.expression import Expression, Instruction, Literal, Ref
-from graphopt.kernels.problem import (
-    ConstantOperand,
-    ConvolutionProblem,
-    Operand,
-    Problem,
-    ReductionProblem,
-)
+from graphopt.kernels.operand import ConstantOperand, Operand
+from graphopt.kernels.problem import ConvolutionProblem, Problem, ReductionProblem
 
 MakeProblem = Callable[[Expression | None, tuple[Operand, ...]], Problem | None]
 

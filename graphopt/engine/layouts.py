@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from graphopt.engine.work import Derived, KernelWork, Work
 from graphopt.ir import Value
-from graphopt.kernels.problem import ConvolutionProblem, Operand, Problem
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import ConvolutionProblem, Problem
 from graphopt.kernels.registry import candidates
 
 

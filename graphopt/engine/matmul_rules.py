@@ -13,7 +13,8 @@ from graphopt.engine.view_rules import permutation
 from graphopt.engine.work import Derived, Scope
 from graphopt.ir import Node, Value
 from graphopt.kernels.expression import Expression
-from graphopt.kernels.problem import Layout, MatmulProblem, Operand, Problem
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import MatmulProblem, Problem
 
 
 @dataclass(frozen=True)

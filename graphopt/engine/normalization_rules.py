@@ -11,7 +11,8 @@ from graphopt.engine.layer_rules import Layer, layer_rule
 from graphopt.engine.work import Scope
 from graphopt.ir import Node, Value
 from graphopt.kernels.expression import Expression, Instruction, Ref
-from graphopt.kernels.problem import NormalizationProblem, Operand, Problem, SoftmaxProblem
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import NormalizationProblem, Problem, SoftmaxProblem
 
 _AFFINE = ("mul", "add")
 

@@ -12,7 +12,7 @@ from graphopt.ir import Node, Value
 from graphopt.kernels.elementwise import RULES
 from graphopt.kernels.emission import unsupported
 from graphopt.kernels.expression import Expression, Instruction, Literal, Ref
-from graphopt.kernels.problem import ITEM_BYTES
+from graphopt.kernels.operand import ITEM_BYTES
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 # Overloads whose operands mean something else than those of the kernels' rule of that name.

@@ -6,7 +6,8 @@ from graphopt.engine.layer_rules import Layer, layer_rule, per_dimension, reduct
 from graphopt.engine.work import Scope
 from graphopt.ir import Node, Value
 from graphopt.kernels.expression import Expression
-from graphopt.kernels.problem import AdaptivePoolingProblem, Operand, PoolingProblem, Problem
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import AdaptivePoolingProblem, PoolingProblem, Problem
 
 
 @layer_rule("aten.max_pool1d", "aten.max_pool2d", "aten.max_pool2d_with_indices")

@@ -28,7 +28,8 @@ from graphopt.engine.builder import ProgramBuilder
 from graphopt.engine.program import Program
 from graphopt.errors import SelectionError
 from graphopt.kernels import cache
-from graphopt.kernels.problem import ConstantOperand, Operand, Problem
+from graphopt.kernels.operand import ConstantOperand, Operand
+from graphopt.kernels.problem import Problem
 from graphopt.kernels.registry import Candidate, candidates
 
 TIMED_CANDIDATES = 4

@@ -10,7 +10,6 @@ from graphopt.ir import Node, Value
 from graphopt.kernels import copy
 from graphopt.kernels.problem import CopyProblem
 
-# (shape, strides in elements, offset in elements) of a view of a contiguous tensor
 Region = tuple[tuple[int, ...], tuple[int, ...], int]
 ViewRule = Callable[[Scope, Node, tuple[int, ...]], "list[Region] | None"]
 

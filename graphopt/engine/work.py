@@ -12,7 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, ScalarType, TensorType, Type, Value
 from graphopt.ir.inference import flatten_results, map_operand, may_alias
-from graphopt.kernels.problem import ITEM_BYTES, ConstantOperand, Operand, Problem
+from graphopt.kernels.operand import ITEM_BYTES, ConstantOperand, Operand
+from graphopt.kernels.problem import Problem
 from graphopt.kernels.zeros import ZeroPattern, word_pattern, zero_pattern
 
 

@@ -14,7 +14,8 @@ import pytest
 from graphopt.engine import selection
 from graphopt.engine.selection import Selection, contenders, decide, least_times, measure
 from graphopt.errors import SelectionError
-from graphopt.kernels.problem import ConstantOperand, Layout, MatmulProblem, Operand
+from graphopt.kernels.operand import ConstantOperand, Layout, Operand
+from graphopt.kernels.problem import MatmulProblem
 from graphopt.kernels.registry import Candidate, Step, candidates
 from graphopt.kernels.zeros import zero_pattern
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from layers import SETTINGS, Convolution, chain, check, numbers
 
-from graphopt.kernels.problem import ConvolutionProblem, Operand
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate
 
 Family = Callable[[ConvolutionProblem], list[Candidate]]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from graphopt.kernels.integer_problems import IntegerConvolutionProblem
-from graphopt.kernels.problem import GROUP, ConstantOperand, Layout, Operand
+from graphopt.kernels.operand import GROUP, ConstantOperand, Layout, Operand
 from graphopt.kernels.zeros import word_pattern
 
 

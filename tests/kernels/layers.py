@@ -10,7 +10,8 @@ import torch
 from support import execute
 
 from graphopt.kernels.expression import Builder, Expression
-from graphopt.kernels.problem import ConstantOperand, ConvolutionProblem, Layout, Operand, Problem
+from graphopt.kernels.operand import ConstantOperand, Layout, Operand
+from graphopt.kernels.problem import ConvolutionProblem, Problem
 from graphopt.kernels.registry import Candidate, candidates
 from graphopt.kernels.zeros import ZeroPattern, zero_pattern
 

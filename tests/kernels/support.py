@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from graphopt import kernels
-from graphopt.kernels.problem import ConstantOperand, Operand, Problem
+from graphopt.kernels.operand import ConstantOperand, Operand
+from graphopt.kernels.problem import Problem
 from graphopt.kernels.registry import (
     WHOLE,
     Argument,

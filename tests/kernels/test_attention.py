@@ -11,7 +11,8 @@ from layers import SETTINGS, numbers
 from support import execute, solve
 
 from graphopt.kernels import attention
-from graphopt.kernels.problem import AttentionProblem, Layout, Operand
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import AttentionProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import DEPTH

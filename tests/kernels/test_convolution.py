@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from layers import Convolution, chain, check, numbers
 from support import execute
 
-from graphopt.kernels.problem import Layout, Operand
+from graphopt.kernels.operand import Layout, Operand
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import TILES

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support import solve
 
 from graphopt.kernels import copy
-from graphopt.kernels.problem import ITEM_BYTES, CopyProblem, Layout, Operand, Piece
+from graphopt.kernels.operand import ITEM_BYTES, Layout, Operand
+from graphopt.kernels.problem import CopyProblem, Piece
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

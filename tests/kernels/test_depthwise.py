@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from layers import Convolution, chain, check, numbers, with_padded
 
 from graphopt.kernels.depthwise import StripCandidate, WindowCandidate
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

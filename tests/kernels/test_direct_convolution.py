@@ -11,7 +11,7 @@ from support import execute
 from test_convolution import EPILOGUES
 
 from graphopt.kernels.direct_convolution import DirectCandidate
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

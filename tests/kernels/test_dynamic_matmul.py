@@ -8,7 +8,7 @@ from integer_layers import constant
 from support import execute
 
 from graphopt.kernels.integer_problems import DynamicMatmulProblem
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
 
 LEAST = 2.0**-100

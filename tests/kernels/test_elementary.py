@@ -8,7 +8,8 @@ import torch
 from support import solve
 
 from graphopt.kernels.expression import Builder
-from graphopt.kernels.problem import Operand, PointwiseProblem
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import PointwiseProblem
 
 FUNCTIONS = {
     # name: (reference in float64, units in the last place)

@@ -7,7 +7,8 @@ import pytest
 from layers import SETTINGS
 from support import execute
 
-from graphopt.kernels.problem import GatherProblem, Layout, Operand
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import GatherProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

@@ -14,7 +14,7 @@ from graphopt.kernels.integer_problems import (
     IntegerSumProblem,
     QuantizeProblem,
 )
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
 
 SHAPES = [(1, 3, 5, 7), (2, 8, 4, 4), (1, 5, 1, 1), (3, 6, 17), (2, 7)]

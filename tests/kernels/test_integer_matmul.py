@@ -12,7 +12,7 @@ from integer_layers import Numbers, constant, requantized
 from support import execute
 
 from graphopt.kernels.integer_problems import IntegerMatmulProblem
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import Candidate, candidates
 
 SETTINGS = [(1, True, 0), (2, False, 0), (3, True, 0)]

@@ -22,7 +22,7 @@ from test_integer_convolution import check
 
 from graphopt.kernels.integer_problems import IntegerPoolingProblem
 from graphopt.kernels.integer_windows import IntegerDepthwiseCandidate
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
 
 SETTINGS = [(1, True, 0), (2, False, 0), (3, True, 64)]

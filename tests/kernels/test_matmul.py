@@ -11,7 +11,8 @@ from layers import chain, check, constant, numbers
 from support import solve
 
 from graphopt.kernels.expression import Expression
-from graphopt.kernels.problem import Layout, MatmulProblem, Operand
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import MatmulProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import TILES

@@ -10,7 +10,8 @@ from support import solve
 
 from graphopt.kernels import normalization
 from graphopt.kernels.expression import Builder, Expression
-from graphopt.kernels.problem import Layout, NormalizationProblem, Operand
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import NormalizationProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

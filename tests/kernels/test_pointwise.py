@@ -14,7 +14,8 @@ from graphopt.kernels import pointwise
 from graphopt.kernels.elementwise import RULES
 from graphopt.kernels.emission import immediate, unsupported
 from graphopt.kernels.expression import Builder, Expression, promote
-from graphopt.kernels.problem import ITEM_BYTES, Layout, Operand, PointwiseProblem
+from graphopt.kernels.operand import ITEM_BYTES, Layout, Operand
+from graphopt.kernels.problem import PointwiseProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

@@ -14,7 +14,8 @@ from support import execute
 from torch.nn import functional
 
 from graphopt.kernels import pooling
-from graphopt.kernels.problem import AdaptivePoolingProblem, Layout, Operand, PoolingProblem
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import AdaptivePoolingProblem, PoolingProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

@@ -1,4 +1,4 @@
-"""Layouts, keys and loop nests."""
+"""Keys and loop nests."""
 
 from __future__ import annotations
 
@@ -12,24 +12,10 @@ from hypothesis import strategies as st
 
 from graphopt.kernels.expression import Builder
 from graphopt.kernels.loops import broadcast_strides, collapse
-from graphopt.kernels.problem import ConstantOperand, Layout, Operand, PointwiseProblem
+from graphopt.kernels.operand import ConstantOperand, Layout, Operand
+from graphopt.kernels.problem import PointwiseProblem
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.zeros import ZeroPattern
-
-
-def test_strides_follow_order_and_pitch() -> None:
-    shape = (2, 3, 5, 7)
-    assert Layout.plain("float32", 4).strides(shape) == (105, 35, 7, 1)
-    assert Layout("float32", (0, 2, 3, 1)).strides(shape) == (105, 1, 21, 3)
-    assert Layout("float32", (0, 1, 2, 3), pitch=16).strides(shape) == (240, 80, 16, 1)
-    assert Layout.plain("float32", 0).strides(()) == ()
-
-
-def test_bytes_span_the_memory() -> None:
-    assert Operand.plain("float64", (3, 5)).bytes == 120
-    assert Operand((3, 5), Layout("int8", (0, 1), pitch=64)).bytes == 133
-    assert Operand.plain("float32", (3, 0)).bytes == 0
-    assert Operand.plain("bool", ()).bytes == 1
 
 
 def problem(literal: object, shape: tuple[int, ...] = (3,)) -> PointwiseProblem:
@@ -37,15 +23,6 @@ def problem(literal: object, shape: tuple[int, ...] = (3,)) -> PointwiseProblem:
     expression = builder.finish(builder.apply("mul", builder.input(), literal))
     operand = Operand.plain("float32", shape)
     return PointwiseProblem(expression, (operand,), (operand,))
-
-
-def test_padded_planes() -> None:
-    operand = Operand.plain("float32", (2, 3, 7, 7)).padded
-    assert operand.memory == (2, 3, 64)
-    assert operand.strides == (3 * 64, 64, 7, 1)
-    assert operand.bytes == 2 * 3 * 64 * 4
-    assert Operand.plain("float32", (2, 3, 4, 8)).padded.memory == (2, 3, 32)
-    assert Operand.plain("float32", (2, 3, 16, 16)).padded.memory == (2, 3, 272)
 
 
 def test_keys_tell_apart_what_equality_does_not() -> None:

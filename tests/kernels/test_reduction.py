@@ -11,7 +11,8 @@ from support import solve
 
 from graphopt.kernels import reduction
 from graphopt.kernels.expression import Builder, Expression
-from graphopt.kernels.problem import Layout, Operand, ReductionProblem
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import ReductionProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

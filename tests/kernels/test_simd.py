@@ -7,7 +7,7 @@ import pytest
 from support import call, guarded
 
 from graphopt.kernels import source
-from graphopt.kernels.problem import ITEM_BYTES
+from graphopt.kernels.operand import ITEM_BYTES
 from graphopt.kernels.simd import LANES
 
 IMPORTS = """

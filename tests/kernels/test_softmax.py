@@ -9,7 +9,8 @@ from layers import SETTINGS, numbers
 from support import solve
 
 from graphopt.kernels import softmax
-from graphopt.kernels.problem import Layout, Operand, SoftmaxProblem
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import SoftmaxProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 

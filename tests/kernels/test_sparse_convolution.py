@@ -22,7 +22,8 @@ from support import execute
 from test_convolution import CASES as DENSE_CASES
 from test_convolution import EPILOGUES, SAME, cases
 
-from graphopt.kernels.problem import ConvolutionProblem, Operand
+from graphopt.kernels.operand import Operand
+from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_convolution import SparseConvolutionCandidate

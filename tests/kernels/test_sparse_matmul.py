@@ -14,7 +14,8 @@ from support import execute
 from test_matmul import multiply, plain
 
 from graphopt.kernels.expression import Expression
-from graphopt.kernels.problem import Layout, MatmulProblem, Operand
+from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.problem import MatmulProblem
 from graphopt.kernels.registry import Candidate, candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_matmul import SparseMatmulCandidate

@@ -10,7 +10,7 @@ from layers import Convolution, chain, check, check_overwriting, numbers, pruned
 from test_convolution import SAME
 from test_sparse_convolution import extremes, with_residual
 
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_strips import SparseStripsCandidate, Strips, tiles

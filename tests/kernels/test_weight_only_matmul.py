@@ -11,7 +11,7 @@ from layers import EPSILON
 from support import execute
 
 from graphopt.kernels.integer_problems import WeightOnlyMatmulProblem
-from graphopt.kernels.problem import Operand
+from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
 
 
