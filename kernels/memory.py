@@ -71,10 +71,15 @@ class VectorMemory:
         stored = _to_memory(self.builder, self.vector, value.value)
         self.builder.store(stored, self._pointer(address), align=self.alignment)
 
-    def load_masked(self, address: ir.Value, mask: ir.Value) -> Register:
-        """The elements that are in the mask; others are zero, and not read."""
+    def load_masked(
+        self, address: ir.Value, mask: ir.Value, others: Register | None = None
+    ) -> Register:
+        """The elements that are in the mask; others are not read but zero, or those given."""
         kind = _in_memory(self.vector)
-        arguments = [self._pointer(address), _alignment(self.vector), mask, ir.Constant(kind, None)]
+        kept = ir.Constant(kind, None)
+        if others is not None:
+            kept = _to_memory(self.builder, self.vector, others.value)
+        arguments = [self._pointer(address), _alignment(self.vector), mask, kept]
         return self._register(call(self.builder, self._name("load"), kind, arguments))
 
     def store_masked(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
@@ -122,6 +127,19 @@ def load_masked(typing: Any, address: Any, vector: Any, mask: Any) -> Any:
         return VectorMemory(builder, kind).load_masked(values[0], values[2]).value
 
     return kind(types.int64, vector, mask), generate
+
+
+@intrinsic
+def load_over(typing: Any, address: Any, value: Any, mask: Any) -> Any:
+    """A vector whose lanes in ``mask`` are those at ``address``; the others are not read."""
+    if not isinstance(value, Vector):
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        others = Register(builder, value, values[1])
+        return VectorMemory(builder, value).load_masked(values[0], values[2], others).value
+
+    return value(types.int64, value, mask), generate
 
 
 @intrinsic

@@ -40,7 +40,7 @@ from graphopt.kernels.stream import (
 from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
 
-VOCABULARY = (*tile.VOCABULARY, "stream")
+VOCABULARY = (*tile.VOCABULARY, "shares", "stream")
 """Modules whose names the kernels use that multiply streams."""
 
 _FIRST_CACHE = 26 * 1024
@@ -52,7 +52,9 @@ WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6),
 _TAIL_WIDTHS = {1: (3, 4, 6), 2: (3, 4), 4: (3, 4)}
 """The same of panels of which the last has a tail."""
 _TAILS = (4, 8) if LANES == 16 else ()
-"""Lanes of vectors that cost half of a whole one."""
+"""Lanes of narrower vectors."""
+TAIL_COST = 0.5
+"""Of that of a whole vector."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
 _TASKS = 64
@@ -127,7 +129,7 @@ class Schedule:
 
     def panels_of_work(self, columns: int) -> float:
         """As many panels without a tail would take as long."""
-        return self.panels(columns) + (0.5 / self.width if self.tail else 0)
+        return self.panels(columns) + (TAIL_COST / self.width if self.tail else 0)
 
     def row_groups(self, outputs: int) -> int:
         return math.ceil(outputs / self.rows)

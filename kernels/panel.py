@@ -19,6 +19,7 @@ call_kernel: Any = memory.call_kernel
 gather: Any = memory.gather
 load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
+load_over: Any = memory.load_over
 load_three: Any = memory.load_three
 lane_index: Any = simd.lane_index
 mask_between: Any = simd.mask_between
@@ -279,28 +280,94 @@ def pack_strips(
     some vectors further. Pixels outside the image are zero, lanes beyond the output anything.
     Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``.
     """
-    for x in range(kernel_width):
-        right = x * dilation_width - left
-        for phase in range(0, stride_height, phase_step):
-            for line in range(lines):
-                lane = 0
-                while lane < LANES:
-                    below = lane // lanes * piece + line
-                    source_row = (row + below) * stride_height + phase - top
-                    source_column = (column - lane) * stride_width + right
-                    pack_pixels(
-                        panel,
+    phases = (stride_height + phase_step - 1) // phase_step
+    for phase in range(phases):
+        for line in range(lines):
+            source_row = (row + line) * stride_height + phase * phase_step - top
+            # Column by column, what was read for one is in the nearest cache for the next.
+            for x in range(kernel_width):
+                source_column = column * stride_width + x * dilation_width - left
+                target = panel + 4 * LANES * ((x * phases + phase) * lines + line)
+                if lanes < LANES and stride_width == 1:
+                    pack_pieces(
+                        target,
                         pitch,
-                        image + 4 * (source_row * width + source_column),
+                        image,
                         plane,
                         channels,
+                        height,
+                        width,
+                        source_row,
                         source_column,
+                        lanes,
+                        piece * stride_height,
+                    )
+                    continue
+                lane = 0
+                piece_row = source_row
+                while lane < LANES:
+                    start = source_column - lane * stride_width
+                    pack_pixels(
+                        target,
+                        pitch,
+                        image + 4 * (piece_row * width + start),
+                        plane,
+                        channels,
+                        start,
                         stride_width,
-                        width if 0 <= source_row < height else 0,
+                        width if 0 <= piece_row < height else 0,
                         lane,
                     )
                     lane += lanes
-                panel += 4 * LANES
+                    piece_row += piece * stride_height
+
+
+@inlined
+def pack_pieces(
+    target: int,
+    pitch: int,
+    image: int,
+    plane: int,
+    channels: int,
+    height: int,
+    width: int,
+    row: int,
+    column: int,
+    lanes: int,
+    piece: int,
+) -> None:
+    """A vector of two or four pieces of rows, of every channel.
+
+    The first begins at ``row`` and ``column`` of the image, each other ``piece`` rows below the one
+    before it. Pixels outside are zero.
+    """
+    first = piece_mask(row, column, height, width, 0, lanes)
+    second = piece_mask(row + piece, column, height, width, lanes, lanes)
+    step = 4 * (piece * width - lanes)
+    source = image + 4 * (row * width + column)
+    if 2 * lanes == LANES:
+        for _ in range(channels):
+            value = load_masked(source, FLOAT32, first)
+            store(target, load_over(source + step, value, second))
+            source += plane
+            target += pitch
+    else:
+        third = piece_mask(row + 2 * piece, column, height, width, 2 * lanes, lanes)
+        fourth = piece_mask(row + 3 * piece, column, height, width, 3 * lanes, lanes)
+        for _ in range(channels):
+            value = load_masked(source, FLOAT32, first)
+            value = load_over(source + step, value, second)
+            value = load_over(source + 2 * step, value, third)
+            store(target, load_over(source + 3 * step, value, fourth))
+            source += plane
+            target += pitch
+
+
+@inlined
+def piece_mask(row: int, column: int, height: int, width: int, lane: int, lanes: int) -> Any:
+    """The lanes from ``lane`` on that hold ``lanes`` pixels of a row from ``column`` on, inside."""
+    inside = mask_between(column - lane, 1, width if 0 <= row < height else 0, FLOAT32)
+    return inside & mask_first(lane + lanes, FLOAT32) & ~mask_first(lane, FLOAT32)
 
 
 @inlined

@@ -41,6 +41,7 @@ _HELPERS = (
     "stream.py",
     "elementary.py",
     "panel.py",
+    "shares.py",
     "tile.py",
     "words.py",
 )

@@ -21,8 +21,9 @@ from graphopt.kernels.convolution import (
     image_of,
     pack_cycles,
 )
-from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
+from graphopt.kernels.loops import Arguments, indent, kernel_text
 from graphopt.kernels.nonzeros import (
+    TAIL_COST,
     VOCABULARY,
     Schedule,
     pack_streams,
@@ -44,6 +45,7 @@ from graphopt.kernels.registry import (
     like_output,
     register,
 )
+from graphopt.kernels.shares import SHARE, panel_shares
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     VECTORS_PER_CYCLE,
@@ -52,6 +54,9 @@ from graphopt.kernels.tile import (
     fill,
 )
 from graphopt.kernels.zeros import ZeroPattern
+
+_READ_CYCLES = 3
+"""Cycles to bring a vector of a panel in place from the second cache."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,40 @@ class SparseConvolutionCandidate(Candidate):
         """The address of what copies a panel."""
         return 0 if self.schedule.pitch else source.shared(panel.pack_taps).address
 
+    @property
+    def _panel_cycles(self) -> tuple[tuple[float, float], ...]:
+        weight = self.problem.inputs[1]
+        assert isinstance(weight, ConstantOperand)
+        assert weight.zeros is not None
+        return self.panel_cycles(self.image, self.schedule, weight.zeros)
+
+    @staticmethod
+    def panel_cycles(
+        image: Image, schedule: Schedule, zeros: ZeroPattern
+    ) -> tuple[tuple[float, float], ...]:
+        """Cycles of each panel, roughly: to copy it or read it first, and of all its tasks."""
+        depth = image.channels * image.taps
+        finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
+        tasks = product_cycles(schedule, zeros, image.outputs, depth) + finish
+        if schedule.pitch:
+            # A part of the product, which every thread that works on the panel does.
+            copy = min(schedule.width * depth * _READ_CYCLES, tasks / 2)
+            tasks -= copy
+        else:
+            copy = schedule.width * depth * pack_cycles(image)
+        panels = [(copy, tasks)] * schedule.panels(image.pixels)
+        if schedule.tail:
+            panels[-1] = (copy, tasks + (copy + tasks) * TAIL_COST / schedule.width)
+        return tuple(panels)
+
     def packing(self) -> tuple[object, ...]:
-        return (self.schedule, self._parts)
+        return (self.schedule, self._parts, self._panel_cycles)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         blocks = [block.transpose(0, 2, 1) for block in self._weights(constants)]
         matrices = [block.reshape(self.image.outputs, -1) for block in blocks]
-        return pack_streams(matrices, self.schedule, self._parts)
+        streams = pack_streams(matrices, self.schedule, self._parts)
+        return [*streams, panel_shares(self._panel_cycles)]
 
     def _weights(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """The weight (outputs, channels, taps) of each block of each group."""
@@ -128,11 +160,13 @@ class SparseConvolutionCandidate(Candidate):
     def _arguments(self) -> Arguments:
         image, block = self.image, Arguments()
         values: dict[str, Argument] = {
-            "x": Input(0), "starts": Packed(0), "words": Packed(1), "y": Output(0),
+            "x": Input(0), "starts": Packed(0), "words": Packed(1), "shares": Packed(2),
+            "y": Output(0),
             "scratch": Scratch() if self._thread_scratch else 0,
             "thread_scratch": self._thread_scratch, "pack": self._pack,
             "sums_start": self.schedule.sums_start, "tail_start": self.schedule.tail_start,
-            "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
+            "places": image.batch * image.groups, "groups": image.groups,
+            "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
             "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "out_width": image.out_size[1], "pixels": image.pixels,
@@ -175,14 +209,13 @@ class SparseConvolutionCandidate(Candidate):
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Schedules that may suit the zeros; none where the weight has few."""
-    return sparse_candidates(problem, SparseConvolutionCandidate, _schedules, _cycles)
+    return sparse_candidates(problem, SparseConvolutionCandidate, _schedules)
 
 
 def sparse_candidates(
     problem: ConvolutionProblem,
     kind: type[SparseConvolutionCandidate],
     suitable: Callable[[Image, ZeroPattern], Iterable[Schedule]],
-    cycles: Callable[[Image, Schedule, ZeroPattern], float],
 ) -> list[Candidate]:
     """A candidate of a kind for each schedule that suits the zeros; none where there are few."""
     problem.check()
@@ -194,7 +227,8 @@ def sparse_candidates(
         return []
     found: list[Candidate] = []
     for schedule in suitable(image, weight.zeros):
-        seconds = cycles(image, schedule, weight.zeros) / CYCLES_PER_SECOND
+        cycles = sum(map(sum, kind.panel_cycles(image, schedule, weight.zeros)))
+        seconds = image.batch * image.groups * cycles / CYCLES_PER_SECOND
         found.append(kind(f"sparse convolution {schedule}", problem, seconds, image, schedule))
     return found
 
@@ -203,16 +237,6 @@ def _schedules(image: Image, zeros: ZeroPattern) -> Iterable[Schedule]:
     depth = image.channels * image.taps
     pitch = 4 * image.plane if image.is_pointwise else 0
     return schedules(zeros, depth, image.pixels, image.taps, image.out_size[1], pitch)
-
-
-def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
-    """Cycles of all tasks together, roughly."""
-    depth = image.channels * image.taps
-    panels = schedule.panels_of_work(image.pixels)
-    copy = 0 if schedule.pitch else schedule.width * depth * pack_cycles(image)
-    finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
-    product = product_cycles(schedule, zeros, image.outputs, depth)
-    return image.batch * image.groups * panels * (copy + product + finish)
 
 
 def _tail_lines(schedule: Schedule, sizes: dict[str, int]) -> list[str]:

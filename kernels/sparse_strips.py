@@ -17,7 +17,7 @@ import numpy as np
 
 from graphopt.kernels import panel, source
 from graphopt.kernels.convolution import Image, epilogue_starts
-from graphopt.kernels.loops import SHARE, Arguments, indent
+from graphopt.kernels.loops import Arguments, indent
 from graphopt.kernels.nonzeros import (
     WIDTHS,
     Schedule,
@@ -30,6 +30,7 @@ from graphopt.kernels.nonzeros import (
 )
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, Packed, aligned_empty, register
+from graphopt.kernels.shares import SHARE, panel_shares
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_convolution import (
     BODY,
@@ -43,8 +44,10 @@ from graphopt.kernels.zeros import ZeroPattern
 
 _PIECES = tuple(LANES // count for count in (1, 2, 4) if LANES // count > 1)
 """Lengths of the pieces of rows that a vector may hold."""
-_PACK_CYCLES = 2.5
-"""Cycles to copy a vector of one channel, besides `_PACK_START` for all."""
+_PACK_CYCLES = 1.5
+"""Cycles to copy a vector of one channel, besides `_PIECE_CYCLES` for each of its pieces and
+`_PACK_START` for each of all channels."""
+_PIECE_CYCLES = 2.5
 _PACK_START = 20
 
 
@@ -103,14 +106,32 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
     def _pack(self) -> int:
         return source.shared(panel.pack_strips).address
 
+    @staticmethod
+    def panel_cycles(
+        image: Image, schedule: Schedule, zeros: ZeroPattern
+    ) -> tuple[tuple[float, float], ...]:
+        depth = image.channels * image.taps
+        blocks = math.ceil(depth / schedule.depth)
+        vectors = strips(image, schedule.width).vectors
+        finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
+        tasks = product_cycles(schedule, zeros, image.outputs, depth) + finish
+
+        def copy(pieces: int) -> float:
+            start = pieces * blocks * _PACK_START
+            return vectors * (start + image.channels * (_PACK_CYCLES + pieces * _PIECE_CYCLES))
+
+        cut = tiles(image.out_size, schedule.width)
+        return tuple((copy(LANES // tile.lanes), tasks) for tile in cut)
+
     def packing(self) -> tuple[object, ...]:
-        return (self.schedule, self._parts, self._tiles, self._strips, self.image.dilation)
+        return (*super().packing(), self._tiles, self._strips, self.image.dilation)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         matrices = [block.reshape(self.image.outputs, -1) for block in self._weights(constants)]
         cuts = aligned_empty((self._panels, 3), np.int64)
         cuts[...] = [(tile.row, tile.column, tile.lanes) for tile in self._tiles]
-        return [*pack_streams(matrices, self.schedule, self._parts, self._steps()), cuts]
+        streams = pack_streams(matrices, self.schedule, self._parts, self._steps())
+        return [*streams, panel_shares(self._panel_cycles), cuts]
 
     def _steps(self) -> np.ndarray:
         """Where, in a panel, a tile finds what is under each tap of each channel, in vectors."""
@@ -125,7 +146,7 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
 
     def _arguments(self) -> Arguments:
         block, own = super()._arguments(), self._strips
-        block.add("cuts", Packed(2))
+        block.add("cuts", Packed(3))
         block.add("lines", own.lines)
         block.add("phase_step", own.phases.step)
         block.add("pitch", VECTOR_BYTES * own.vectors)
@@ -191,7 +212,7 @@ def strips(image: Image, height: int) -> Strips:
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """Schedules that may suit the zeros; none where the weight has few or rows do not overlap."""
-    return sparse_candidates(problem, SparseStripsCandidate, _schedules, _cycles)
+    return sparse_candidates(problem, SparseStripsCandidate, _schedules)
 
 
 def _schedules(image: Image, zeros: ZeroPattern) -> Iterator[Schedule]:
@@ -203,21 +224,6 @@ def _schedules(image: Image, zeros: ZeroPattern) -> Iterator[Schedule]:
             for channels in depths(image.channels, vectors, VECTOR_BYTES * vectors):
                 size = channels * vectors * VECTOR_BYTES
                 yield Schedule(rows, height, channels * image.taps, strips=size)
-
-
-def _cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
-    """Cycles of all tasks together, roughly."""
-    depth = image.channels * image.taps
-    panels = tiles(image.out_size, schedule.width)
-    blocks = math.ceil(depth / schedule.depth)
-    copy = strips(image, schedule.width).vectors * (
-        image.channels * _PACK_CYCLES + blocks * _PACK_START
-    )
-    finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
-    product = product_cycles(schedule, zeros, image.outputs, depth)
-    pieces = sum(LANES // tile.lanes for tile in panels)
-    both = pieces * copy + len(panels) * (product + finish)
-    return image.batch * image.groups * both
 
 
 def _finish_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:

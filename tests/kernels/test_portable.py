@@ -54,6 +54,7 @@ SELECTION = [
     "test_sparse_strips.py::test_shapes[1-stride 2]",
     "test_sparse_strips.py::test_shapes[1-quarters of vectors]",
     "test_sparse_strips.py::test_shapes[4-narrow]",
+    "test_shares.py::test_every_task_has_one_thread",
     "test_sparse_vector.py::test_one_row",
     "test_weight_only_matmul.py::test_sizes",
     "test_sparse_vector.py::test_a_zero_weight_multiplies_nothing",

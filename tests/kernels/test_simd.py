@@ -42,6 +42,22 @@ store_masked(a1, load_masked(a0, {kind}, mask), mask)
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_lanes_that_are_not_loaded_are_kept(dtype: str) -> None:
+    kind = dtype.upper()
+    body = f"""
+others = load(a1, {kind})
+store(a1, load_over(a0, others, mask_first(a2, {kind})))
+"""
+    for count in range(LANES + 1):
+        values = (np.arange(count) % 2 == 0 if dtype == "bool" else np.arange(count)).astype(dtype)
+        others = (np.arange(LANES) % 2 if dtype == "bool" else 50 + np.arange(LANES)).astype(dtype)
+        buffer, _ = guarded(values)
+        target, written = guarded(others)
+        run(body, buffer.address, target.address, count)
+        np.testing.assert_array_equal(written, [*values, *others[count:]])
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
 def test_strided_memory(dtype: str) -> None:
     kind, width = dtype.upper(), ITEM_BYTES[dtype]
     body = f"""

@@ -1,0 +1,65 @@
+"""Shares of panels that take unequally long.
+
+Threads get shares of all work by its estimated time. A share may begin or end within a panel, which
+then is copied once more: not where that takes as long as what it would balance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from graphopt.kernels import memory
+from graphopt.kernels.register import INT64
+from graphopt.kernels.registry import WHOLE, aligned_empty
+
+# A type checker sees the first parameter of an intrinsic, which its callers do not give.
+read: Any = memory.read
+
+SHARE = [
+    f"task = first_task(begin, {WHOLE}, shares, places, panels, parts)",
+    f"stop = first_task(end, {WHOLE}, shares, places, panels, parts)",
+]
+"""Lines that give this thread its share, ``task`` to ``stop``, of ``panels`` of ``parts`` tasks
+each in each of ``places``; ``shares`` is the address of `panel_shares`."""
+
+
+def panel_shares(cycles: Iterable[tuple[float, float]]) -> np.ndarray:
+    """From where to where, of `WHOLE`, the tasks of each panel are: (panels, 2), int64.
+
+    Args:
+        cycles: what each panel costs every thread that works on it, and all its tasks together.
+    """
+    both = np.array(list(cycles))
+    ends = np.cumsum(both.sum(axis=1))
+    tasks = np.stack([ends - both[:, 1], ends], axis=1) - both[:, :1] / 2
+    shares = aligned_empty(tasks.shape, np.int64)
+    shares[...] = tasks * (WHOLE / ends[-1])
+    return shares
+
+
+@njit(error_model="numpy", nogil=True)
+def first_task(share: int, whole: int, shares: int, places: int, panels: int, parts: int) -> int:
+    """The task at which a share begins: number 0 for 0, the number of tasks for the whole.
+
+    A thread's share ends where that of the next begins.
+    """
+    place = share * places // whole
+    rest = share * places - place * whole
+    # The first panel that has a task behind.
+    panel, beyond = 0, panels
+    while panel < beyond:
+        middle = (panel + beyond) // 2
+        if read(shares + 16 * middle + 8, INT64) > rest:
+            beyond = middle
+        else:
+            panel = middle + 1
+    task = (place * panels + panel) * parts
+    if panel < panels:
+        first = read(shares + 16 * panel, INT64)
+        size = read(shares + 16 * panel + 8, INT64) - first
+        task += (max(rest - first, 0) * parts + size // 2) // max(size, 1)
+    return task
