@@ -139,13 +139,16 @@ class ProgramBuilder:
         self._buffer(key)
         self._checks[key] = check
 
-    def build(self, threads: int, *, alone_below: float = 0.0) -> Program:
+    def build(self, threads: int, *, alone_below: float = 0.0, gives_way: bool = False) -> Program:
         """The program.
 
         Args:
             threads: size of the team.
             alone_below: seconds; kernels between two call-backs whose estimates sum up to less
                 run on the caller's thread alone.
+            gives_way: whether a call that was slower with the team than it would have been on the
+                caller's thread alone, as where other programs keep the processors busy, lets those
+                that follow run alone for a while.
         """
         if not 1 <= threads <= MAXIMUM_THREADS:
             raise ValueError(f"threads must be in [1, {MAXIMUM_THREADS}], got {threads}")
@@ -172,6 +175,7 @@ class ProgramBuilder:
             checks=tuple(zip(noted, self._checks.values(), strict=True)),
             arena_bytes=storage.plan.size,
             arena_lower_bound=storage.plan.lower_bound,
+            gives_way=gives_way,
             keep_alive=tuple(self._operations),
         )
         return Program(code, threads)

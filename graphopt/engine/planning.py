@@ -217,7 +217,7 @@ def _plan(
         else:
             literals.append(result.value if isinstance(result, ScalarType) else result)
     selecting.save()
-    program = writer.builder.build(threads, alone_below=ALONE_BELOW)
+    program = writer.builder.build(threads, alone_below=ALONE_BELOW, gives_way=True)
     return Plan(graph, program, sizes, writer.steps, writer.packed, literals)
 
 

@@ -135,6 +135,7 @@ class Code:
         checks: what is called with a part of memory before a call returns.
         arena_bytes: size of the arena.
         arena_lower_bound: bytes that no arena can do without, see `plan.MemoryPlan`.
+        gives_way: whether callers go alone for a while where that is faster.
         keep_alive: whatever else the addresses in the tape depend on.
     """
 
@@ -150,6 +151,7 @@ class Code:
     checks: tuple[tuple[View, Callable[[Tensor], None]], ...]
     arena_bytes: int
     arena_lower_bound: int
+    gives_way: bool
     keep_alive: Any
 
 
@@ -182,7 +184,13 @@ class Context:
             (walker.CONTEXT_EXTERNALS, self.externals.ctypes.data),
         ):
             self.block[place // 8] = value
+        self.insist(not code.gives_way)
         self.address = self.block.ctypes.data
+
+    def insist(self, on_team: bool) -> None:
+        """Whether calls wait for the team though they were faster alone."""
+        self.block[walker.CONTEXT_GIVES_WAY // 8] = not on_team
+        self.block[walker.CONTEXT_ALONE_UNTIL // 8] = 0
 
 
 class Program:
@@ -234,6 +242,8 @@ class Program:
         """
         runs = []
         context = self._acquire()
+        # Kernels are timed with the team, however slow it was.
+        context.insist(True)
         try:
             with self._torch_modes():
                 for _ in range(repeats + 1):
@@ -241,6 +251,7 @@ class Program:
                     parts = (self._timed(x, context, memories) for x in self._code.stages)
                     runs.append([part for stage in parts for part in stage])
         finally:
+            context.insist(not self._code.gives_way)
             self._contexts.append(context)
         # The first run warms up.
         return [

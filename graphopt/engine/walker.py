@@ -95,7 +95,13 @@ CONTEXT_SEGMENTS = 16
 CONTEXT_RELOCATIONS = 24
 CONTEXT_ARGUMENTS = 32
 CONTEXT_EXTERNALS = 40
-CONTEXT_BYTES = 48
+# 0 if the caller always waits for the team, and until when, in ticks, it goes alone.
+CONTEXT_GIVES_WAY = 48
+CONTEXT_ALONE_UNTIL = 56
+CONTEXT_BYTES = 64
+
+_AVOIDANCE = 10
+"""For so many times the time that was lost with the team, its caller goes alone."""
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -250,12 +256,13 @@ def spin(count: int) -> None:
 
 
 @njit
-def await_arrivals(team: int, target: int) -> None:
-    """Wait until `target` arrivals were counted.
+def await_arrivals(team: int, target: int) -> int:
+    """Wait until `target` arrivals were counted; the ticks that it took.
 
     The counter only grows, so a thread that is late still sees its own target passed. After some
     spinning the processor is offered to others: the thread that is missing may need it.
     """
+    start = ticks()
     spins = load(team + JOB_SPINS_AT_BARRIER)
     while atomic_load(team + ARRIVALS) < target:
         if spins > 0:
@@ -263,6 +270,7 @@ def await_arrivals(team: int, target: int) -> None:
             pause()
         else:
             call_system(load(team + SYSTEM_YIELD), 0, 0, 0)
+    return ticks() - start
 
 
 @njit
@@ -309,13 +317,17 @@ def compare_speeds(team: int, threads: int) -> None:
 
 
 @njit
-def walk_together(team: int, thread: int) -> None:
-    """One thread's part of the team's job; the owner (thread 0) returns after all others."""
+def walk_together(team: int, thread: int) -> int:
+    """One thread's part of the team's job; the owner (thread 0) returns after all others.
+
+    Returns the ticks for which this thread waited for others.
+    """
     tape, arguments = load(team + JOB_TAPE), load(team + JOB_ARGUMENTS)
     threads = load(team + JOB_THREADS)
     own = team + FIRST_THREAD + thread * THREAD_BYTES
     begin, end = load(own + BEGIN), load(own + END)
     busy = 0
+    waited = 0
     target = 0
     for index in range(load(team + JOB_FIRST), load(team + JOB_LAST)):
         step = tape + index * STEP_BYTES
@@ -331,13 +343,14 @@ def walk_together(team: int, thread: int) -> None:
         if flags & BARRIER != 0:
             target += threads
             atomic_add(team + ARRIVALS, 1)
-            await_arrivals(team, target)
+            waited += await_arrivals(team, target)
     store(own + TICKS, busy)
     if thread == 0:
-        await_arrivals(team, target + threads - 1)
+        waited += await_arrivals(team, target + threads - 1)
     else:
         # The last word that a worker says: from here on the owner may change the job.
         atomic_add(team + ARRIVALS, 1)
+    return waited
 
 
 @njit
@@ -426,6 +439,9 @@ def next_kernel(tape: int, first: int, last: int) -> int:
 def run_steps(context: int, first: int, last: int, threads: int, stay: int) -> int:
     """Run steps [first, last) of a context, together with the team if it is there and free.
 
+    Where other programs want the processors too, every barrier may wait for a thread that has lost
+    its own. A caller that would have been faster alone goes alone for a while, then tries again.
+
     With `stay` 0 the workers sleep at once afterwards, else they spin for a while first.
     Returns 1 where the team lacks workers (the steps have then run on this thread alone), else 0.
     """
@@ -433,7 +449,8 @@ def run_steps(context: int, first: int, last: int, threads: int, stay: int) -> i
     team = load(context + CONTEXT_TEAM)
     workers = threads - 1
     missing = atomic_load(team + WORKERS) < workers
-    if workers == 0 or missing or not seize(team, threads):
+    avoided = ticks() < load(context + CONTEXT_ALONE_UNTIL)
+    if workers == 0 or missing or avoided or not seize(team, threads):
         walk_alone(tape, arguments, first, last)
         return 1 if missing else 0
     # Workers that sleep take tens of microseconds to come. They are given that time once; those
@@ -461,9 +478,14 @@ def run_steps(context: int, first: int, last: int, threads: int, stay: int) -> i
         store(team + JOB_GENERATION, generation)
         divide(team, threads)
         atomic_exchange(team + ARRIVALS, 0)
+        start = ticks()
         command(team, workers, generation)
-        walk_together(team, 0)
+        waited = walk_together(team, 0)
+        end = ticks()
         compare_speeds(team, threads)
+        lost = end - start - threads * (end - start - waited)
+        if lost > 0 and load(context + CONTEXT_GIVES_WAY) != 0:
+            store(context + CONTEXT_ALONE_UNTIL, end + _AVOIDANCE * lost)
     atomic_exchange(team + OWNER, 0)
     return 0
 

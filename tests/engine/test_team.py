@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_kernels import minus_maximum, rotate
+from small_kernels import late_increment, minus_maximum, rotate
 
 from graphopt.engine import walker
 from graphopt.engine.builder import ProgramBuilder
@@ -293,6 +294,57 @@ def test_busy_machine_slows_but_does_not_stop_the_team() -> None:
         for process in spinning:
             process.kill()
             process.wait()
+
+
+def jobs() -> int:
+    """How many jobs the team was given."""
+    return int(team._words[walker.JOB_GENERATION // 8])
+
+
+def increment(turns: int, gives_way: bool) -> Program:
+    """Adds one; a second thread turns a loop so many times before it begins."""
+    builder = ProgramBuilder()
+    builder.add_input("x", (COUNT,), FLOAT)
+    builder.add_buffer("y", (COUNT,), FLOAT)
+    builder.add_kernel(late_increment(COUNT, turns), ["x"], ["y"], label="increment", estimate=1.0)
+    builder.add_output("y")
+    return builder.build(2, gives_way=gives_way)
+
+
+def jobs_of_calls(program: Program, calls: int) -> int:
+    """How many of some calls were jobs of the team, after one that starts and wakes it."""
+    x = torch.arange(COUNT).float()
+    before = jobs()
+    deadline = time.monotonic() + 60
+    while jobs() == before:
+        assert time.monotonic() < deadline, "the team never worked"
+        assert torch.equal(program(x)[0], x + 1)
+    before = jobs()
+    for _ in range(calls):
+        assert torch.equal(program(x)[0], x + 1)
+    return jobs() - before
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"),
+    reason="there is no clock that is cheap enough to tell how long a thread waited",
+)
+def test_a_caller_that_waits_for_a_late_team_goes_alone_for_a_while() -> None:
+    # Calls alone take microseconds, and the time lost is made up for by ten times as much.
+    program = increment(20_000_000, gives_way=True)
+    assert jobs_of_calls(program, 3) == 0
+    # Then it tries again.
+    assert jobs_of_calls(program, 0) == 0
+
+
+def test_a_caller_may_wait_for_its_team_all_the_same() -> None:
+    program = increment(2_000_000, gives_way=False)
+    first = jobs_of_calls(program, 0)
+    deadline = time.monotonic() + 60
+    # Workers that sleep long may miss a job.
+    while first < 3:
+        assert time.monotonic() < deadline, "the team was not waited for"
+        first += jobs_of_calls(program, 1)
 
 
 def shares_after(ticks: list[list[int]]) -> np.ndarray:
