@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graphopt.kernels import matmul, panel, source
-from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.operand import ConstantOperand, Layout, Operand
 from graphopt.kernels.problem import ConvolutionProblem, MatmulProblem
 from graphopt.kernels.registry import (
@@ -34,6 +34,7 @@ from graphopt.kernels.registry import (
     aligned_empty,
     register,
 )
+from graphopt.kernels.shares import panel_shares, share_lines
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
@@ -166,7 +167,8 @@ class ConvolutionCandidate(Candidate):
         team = self._team(threads)
         block, epilogue = self._arguments(_blocking(self.image, self.tile, team))
         name = f"convolution_{self.tile.height}x{self.tile.width}"
-        entry = source.build(name, kernel_text(block, _lines(self.tile, epilogue), VOCABULARY))
+        text = kernel_text(block, _lines(self.tile, epilogue), (*VOCABULARY, "shares"))
+        entry = source.build(name, text)
         return (Step(entry, (*block.values, *epilogue.immediates), team > 1, block.tasks),)
 
     def _arguments(self, blocking: _Blocking) -> tuple[Arguments, Epilogue]:
@@ -187,6 +189,8 @@ class ConvolutionCandidate(Candidate):
             "top": image.start[0], "left": image.start[1],
             "vectors": blocking.vectors, "panels": blocking.panels,
             "extra_columns": blocking.columns,
+            "shares": panel_shares(_block_cycles(image, self.tile, blocking)),
+            "places": image.batch * image.groups,
             "tiles": blocking.tiles, "depth_channels": blocking.depth_channels,
             "pixel_blocks": blocking.pixel_blocks, "parts": blocking.parts,
             "tasks": image.batch * image.groups * blocking.pixel_blocks * blocking.parts,
@@ -345,6 +349,18 @@ def _cycles(image: Image, tile: TileShape, cut: _Blocking, threads: int) -> floa
     return math.ceil(tasks / cut.parts) * copy + tasks / cut.parts * product
 
 
+def _block_cycles(image: Image, tile: TileShape, cut: _Blocking) -> Iterator[tuple[float, float]]:
+    """Cycles of each block of pixels, roughly: to copy it, and of all its tasks."""
+    depth = image.channels * image.taps
+    for number in range(cut.pixel_blocks):
+        first, last = (block * cut.panels // cut.pixel_blocks for block in (number, number + 1))
+        vectors = last * cut.vectors // cut.panels - first * cut.vectors // cut.panels
+        columns = min(last, cut.columns) - min(first, cut.columns)
+        copy = vectors * depth * pack_cycles(image) + 200
+        steps = vectors * tile.cycles / tile.width + columns / 2
+        yield copy, cut.tiles * (steps * depth + 3 * tile.height * vectors)
+
+
 def image_epilogue(problem: ConvolutionProblem, image: Image, block: Arguments) -> Epilogue:
     """The epilogue of a kernel whose arguments are in ``block``, which gets those of the epilogue.
 
@@ -380,7 +396,7 @@ def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
     multiply = multiply_lines(tile, "4", f"{4 * tile.height}", padded=True, column=column)
     parts = {
         "prologue": epilogue.prologue(),
-        "share": SHARE,
+        "share": share_lines("pixel_blocks"),
         "multiply": multiply,
         "epilogue": [*epilogue_starts(epilogue), *epilogue.lines()],
     }

@@ -53,7 +53,7 @@ _TAIL_WIDTHS = {1: (3, 4, 6), 2: (3, 4), 4: (3, 4)}
 """The same of panels of which the last has a tail."""
 _TAILS = (4, 8) if LANES == 16 else ()
 """Lanes of narrower vectors."""
-TAIL_COST = 0.5
+_TAIL_COST = 0.5
 """Of that of a whole vector."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
@@ -126,10 +126,6 @@ class Schedule:
         if self.tail:
             return columns // (self.width * LANES)
         return math.ceil(columns / (self.width * LANES))
-
-    def panels_of_work(self, columns: int) -> float:
-        """As many panels without a tail would take as long."""
-        return self.panels(columns) + (TAIL_COST / self.width if self.tail else 0)
 
     def row_groups(self, outputs: int) -> int:
         return math.ceil(outputs / self.rows)
@@ -215,6 +211,18 @@ def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: 
     waiting = (blocks - 1) * (8 + 3.5 * schedule.rows * width)
     columns = zeros.density(schedule.rows) * depth
     return schedule.row_groups(outputs) * (columns * column + 12 + waiting)
+
+
+def panels_of(
+    cycles: tuple[float, float], schedule: Schedule, columns: int
+) -> tuple[tuple[float, float], ...]:
+    """The cycles of all panels of so many columns, if ``cycles`` are those of one without a tail:
+    to copy it, and of all its tasks."""
+    panels = [cycles] * schedule.panels(columns)
+    if schedule.tail:
+        copy, tasks = cycles
+        panels[-1] = (copy, tasks + (copy + tasks) * _TAIL_COST / schedule.width)
+    return tuple(panels)
 
 
 # -- the stream ----------------------------------------------------------------------------------

@@ -71,13 +71,20 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Table:
+    """The address of numbers (int64) that the step reads."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Scratch:
     """An address in the candidate's scratch memory, ``offset`` bytes from its start."""
 
     offset: int = 0
 
 
-Argument = Input | Output | Packed | Scratch | int | float
+Argument = Input | Output | Packed | Table | Scratch | int | float
 """A float stands for the bits of its float32 in the low half of the int64."""
 
 

@@ -14,21 +14,26 @@ from numba import njit
 
 from graphopt.kernels import memory
 from graphopt.kernels.register import INT64
-from graphopt.kernels.registry import WHOLE, aligned_empty
+from graphopt.kernels.registry import WHOLE, Table
 
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
 read: Any = memory.read
 
-SHARE = [
-    f"task = first_task(begin, {WHOLE}, shares, places, panels, parts)",
-    f"stop = first_task(end, {WHOLE}, shares, places, panels, parts)",
-]
-"""Lines that give this thread its share, ``task`` to ``stop``, of ``panels`` of ``parts`` tasks
-each in each of ``places``; ``shares`` is the address of `panel_shares`."""
+
+def share_lines(panels: str) -> list[str]:
+    """Lines that give this thread its share, ``task`` to ``stop``, of all panels' tasks.
+
+    There are as many panels as the argument of that name says, each of ``parts`` tasks, in each of
+    ``places``; ``shares`` is the address of `panel_shares`.
+    """
+    return [
+        f"{task} = first_task({share}, {WHOLE}, shares, places, {panels}, parts)"
+        for task, share in (("task", "begin"), ("stop", "end"))
+    ]
 
 
-def panel_shares(cycles: Iterable[tuple[float, float]]) -> np.ndarray:
-    """From where to where, of `WHOLE`, the tasks of each panel are: (panels, 2), int64.
+def panel_shares(cycles: Iterable[tuple[float, float]]) -> Table:
+    """From where to where, of `WHOLE`, the tasks of each panel are.
 
     Args:
         cycles: what each panel costs every thread that works on it, and all its tasks together.
@@ -36,9 +41,8 @@ def panel_shares(cycles: Iterable[tuple[float, float]]) -> np.ndarray:
     both = np.array(list(cycles))
     ends = np.cumsum(both.sum(axis=1))
     tasks = np.stack([ends - both[:, 1], ends], axis=1) - both[:, :1] / 2
-    shares = aligned_empty(tasks.shape, np.int64)
-    shares[...] = tasks * (WHOLE / ends[-1])
-    return shares
+    shares = (tasks * (WHOLE / ends[-1])).astype(np.int64)
+    return Table(tuple(shares.reshape(-1).tolist()))
 
 
 @njit(error_model="numpy", nogil=True)

@@ -23,10 +23,10 @@ from graphopt.kernels.convolution import (
 )
 from graphopt.kernels.loops import Arguments, indent, kernel_text
 from graphopt.kernels.nonzeros import (
-    TAIL_COST,
     VOCABULARY,
     Schedule,
     pack_streams,
+    panels_of,
     product_cycles,
     product_lines,
     schedules,
@@ -45,7 +45,7 @@ from graphopt.kernels.registry import (
     like_output,
     register,
 )
-from graphopt.kernels.shares import SHARE, panel_shares
+from graphopt.kernels.shares import panel_shares, share_lines
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     VECTORS_PER_CYCLE,
@@ -61,11 +61,15 @@ _READ_CYCLES = 3
 
 @dataclass(frozen=True)
 class SparseConvolutionCandidate(Candidate):
-    """One schedule, whose blocks of depth are whole input channels."""
+    """One schedule, whose blocks of depth are whole input channels.
+
+    ``cycles`` are those of each panel, see `panel_cycles`.
+    """
 
     problem: ConvolutionProblem
     image: Image
     schedule: Schedule
+    cycles: tuple[tuple[float, float], ...]
 
     @property
     def _block_channels(self) -> int:
@@ -88,13 +92,6 @@ class SparseConvolutionCandidate(Candidate):
         """The address of what copies a panel."""
         return 0 if self.schedule.pitch else source.shared(panel.pack_taps).address
 
-    @property
-    def _panel_cycles(self) -> tuple[tuple[float, float], ...]:
-        weight = self.problem.inputs[1]
-        assert isinstance(weight, ConstantOperand)
-        assert weight.zeros is not None
-        return self.panel_cycles(self.image, self.schedule, weight.zeros)
-
     @staticmethod
     def panel_cycles(
         image: Image, schedule: Schedule, zeros: ZeroPattern
@@ -109,19 +106,15 @@ class SparseConvolutionCandidate(Candidate):
             tasks -= copy
         else:
             copy = schedule.width * depth * pack_cycles(image)
-        panels = [(copy, tasks)] * schedule.panels(image.pixels)
-        if schedule.tail:
-            panels[-1] = (copy, tasks + (copy + tasks) * TAIL_COST / schedule.width)
-        return tuple(panels)
+        return panels_of((copy, tasks), schedule, image.pixels)
 
     def packing(self) -> tuple[object, ...]:
-        return (self.schedule, self._parts, self._panel_cycles)
+        return (self.schedule, self._parts)
 
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         blocks = [block.transpose(0, 2, 1) for block in self._weights(constants)]
         matrices = [block.reshape(self.image.outputs, -1) for block in blocks]
-        streams = pack_streams(matrices, self.schedule, self._parts)
-        return [*streams, panel_shares(self._panel_cycles)]
+        return pack_streams(matrices, self.schedule, self._parts)
 
     def _weights(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         """The weight (outputs, channels, taps) of each block of each group."""
@@ -160,8 +153,8 @@ class SparseConvolutionCandidate(Candidate):
     def _arguments(self) -> Arguments:
         image, block = self.image, Arguments()
         values: dict[str, Argument] = {
-            "x": Input(0), "starts": Packed(0), "words": Packed(1), "shares": Packed(2),
-            "y": Output(0),
+            "x": Input(0), "starts": Packed(0), "words": Packed(1), "y": Output(0),
+            "shares": panel_shares(self.cycles),
             "scratch": Scratch() if self._thread_scratch else 0,
             "thread_scratch": self._thread_scratch, "pack": self._pack,
             "sums_start": self.schedule.sums_start, "tail_start": self.schedule.tail_start,
@@ -192,7 +185,7 @@ class SparseConvolutionCandidate(Candidate):
         }
         parts = {
             "prologue": epilogue.prologue(),
-            "share": SHARE,
+            "share": share_lines("panels"),
             "place": fill(_PLACE, {}, sizes),
             "panel": fill(_IN_PLACE if schedule.pitch else _PACK, {}, sizes),
             "tail": _tail_lines(schedule, sizes),
@@ -226,10 +219,11 @@ def sparse_candidates(
     if problem.outputs[0].size == 0:
         return []
     found: list[Candidate] = []
-    for schedule in suitable(image, weight.zeros):
-        cycles = sum(map(sum, kind.panel_cycles(image, schedule, weight.zeros)))
-        seconds = image.batch * image.groups * cycles / CYCLES_PER_SECOND
-        found.append(kind(f"sparse convolution {schedule}", problem, seconds, image, schedule))
+    zeros = weight.zeros
+    for schedule in suitable(image, zeros):
+        name, cycles = f"sparse convolution {schedule}", kind.panel_cycles(image, schedule, zeros)
+        seconds = image.batch * image.groups * sum(map(sum, cycles)) / CYCLES_PER_SECOND
+        found.append(kind(name, problem, seconds, image, schedule, cycles))
     return found
 
 

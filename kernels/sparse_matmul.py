@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
-from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.matmul import (
     Product,
     offset_lines,
@@ -25,6 +25,7 @@ from graphopt.kernels.nonzeros import (
     VOCABULARY,
     Schedule,
     pack_streams,
+    panels_of,
     product_cycles,
     product_lines,
     schedules,
@@ -42,6 +43,7 @@ from graphopt.kernels.registry import (
     Step,
     register,
 )
+from graphopt.kernels.shares import panel_shares, share_lines
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
@@ -58,11 +60,15 @@ _TRANSPOSE_CYCLES = 5
 
 @dataclass(frozen=True)
 class SparseMatmulCandidate(Candidate):
-    """One schedule."""
+    """One schedule.
+
+    ``cycles`` are those of each panel: to copy it, and of all its tasks.
+    """
 
     problem: MatmulProblem
     product: Product
     schedule: Schedule
+    cycles: tuple[tuple[float, float], ...]
 
     @property
     def _blocks(self) -> int:
@@ -117,6 +123,7 @@ class SparseMatmulCandidate(Candidate):
             "a_row": 4 * product.a_strides[0], "a_step": 4 * product.a_strides[1],
             "c_row": 4 * product.row_stride,
             "block_depth": self.schedule.depth, "blocks": self._blocks,
+            "shares": panel_shares(self.cycles), "places": len(product.offsets),
             "panels": self._panels, "parts": self._parts,
             "row_groups": self.schedule.row_groups(product.columns),
             "tasks": len(product.offsets) * self._panels * self._parts,
@@ -137,9 +144,9 @@ def candidates(problem: MatmulProblem) -> list[Candidate]:
         zeros = ZeroPattern(zeros.digest, (zeros.density(1), 1.0, 1.0))
     made: list[Candidate] = []
     for schedule in schedules(zeros, product.depth, product.rows):
-        name = f"sparse matmul {schedule}"
-        seconds = _cycles(product, schedule, zeros) / CYCLES_PER_SECOND
-        made.append(SparseMatmulCandidate(name, problem, seconds, product, schedule))
+        name, cycles = f"sparse matmul {schedule}", _panel_cycles(product, schedule, zeros)
+        seconds = len(product.offsets) * sum(map(sum, cycles)) / CYCLES_PER_SECOND
+        made.append(SparseMatmulCandidate(name, problem, seconds, product, schedule, cycles))
     return made
 
 
@@ -159,12 +166,14 @@ def sparse_product(problem: MatmulProblem) -> tuple[Product, ZeroPattern] | None
     return product, weight.zeros
 
 
-def _cycles(product: Product, schedule: Schedule, zeros: ZeroPattern) -> float:
-    """Cycles of all tasks together, roughly."""
-    panels = schedule.panels_of_work(product.rows)
-    transposed = schedule.width * (product.depth + product.columns) * _TRANSPOSE_CYCLES
-    multiply = product_cycles(schedule, zeros, product.columns, product.depth)
-    return len(product.offsets) * panels * (multiply + transposed)
+def _panel_cycles(
+    product: Product, schedule: Schedule, zeros: ZeroPattern
+) -> tuple[tuple[float, float], ...]:
+    """Cycles of each panel, roughly: to copy it, and of all its tasks."""
+    copy = schedule.width * product.depth * _TRANSPOSE_CYCLES
+    tasks = product_cycles(schedule, zeros, product.columns, product.depth)
+    tasks += schedule.width * product.columns * _TRANSPOSE_CYCLES
+    return panels_of((copy, tasks), schedule, product.rows)
 
 
 def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
@@ -183,7 +192,7 @@ def _lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     }
     parts = {
         "prologue": epilogue.prologue(),
-        "share": SHARE,
+        "share": share_lines("panels"),
         "offsets": offset_lines(epilogue),
         "pack_tail": fill(_PACK_TAIL, {}, sizes) if schedule.tail else [],
         "product": product_lines(

@@ -30,7 +30,7 @@ from graphopt.kernels.nonzeros import (
 )
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, Packed, aligned_empty, register
-from graphopt.kernels.shares import SHARE, panel_shares
+from graphopt.kernels.shares import share_lines
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_convolution import (
     BODY,
@@ -130,8 +130,7 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
         matrices = [block.reshape(self.image.outputs, -1) for block in self._weights(constants)]
         cuts = aligned_empty((self._panels, 3), np.int64)
         cuts[...] = [(tile.row, tile.column, tile.lanes) for tile in self._tiles]
-        streams = pack_streams(matrices, self.schedule, self._parts, self._steps())
-        return [*streams, panel_shares(self._panel_cycles), cuts]
+        return [*pack_streams(matrices, self.schedule, self._parts, self._steps()), cuts]
 
     def _steps(self) -> np.ndarray:
         """Where, in a panel, a tile finds what is under each tap of each channel, in vectors."""
@@ -146,7 +145,7 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
 
     def _arguments(self) -> Arguments:
         block, own = super()._arguments(), self._strips
-        block.add("cuts", Packed(3))
+        block.add("cuts", Packed(2))
         block.add("lines", own.lines)
         block.add("phase_step", own.phases.step)
         block.add("pitch", VECTOR_BYTES * own.vectors)
@@ -158,7 +157,7 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
         sizes = {"ROWS": schedule.rows, "WIDTH": schedule.width}
         parts = {
             "prologue": epilogue.prologue(),
-            "share": SHARE,
+            "share": share_lines("panels"),
             "place": fill(_PLACE, {}, sizes),
             "panel": fill(_PACK, {}, sizes),
             "tail": [],

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.engine import walker
-from graphopt.kernels.registry import Argument, Input, Output, Packed, Scratch, Step
+from graphopt.kernels.registry import Argument, Input, Output, Packed, Scratch, Step, Table
 
 _FINE = 24
 """Tasks of a step from which threads can get about the shares that suit their speeds."""
@@ -88,12 +88,14 @@ class Tape:
         arguments: 1-d template; each execution context has a copy.
         arena_words: indices of the words that are offsets in the arena.
         relocations: (m, 3): index of the word, index of the external, offset in bytes.
+        tables: what addresses in the arguments point to.
     """
 
     steps: np.ndarray
     arguments: np.ndarray
     arena_words: np.ndarray
     relocations: np.ndarray
+    tables: tuple[np.ndarray, ...]
 
 
 class TapeWriter:
@@ -104,6 +106,7 @@ class TapeWriter:
         self._words: list[int] = []
         self._arena_words: list[int] = []
         self._relocations: list[tuple[int, int, int]] = []
+        self._tables: list[np.ndarray] = []
 
     @property
     def position(self) -> tuple[int, int]:
@@ -131,6 +134,7 @@ class TapeWriter:
             np.array(self._words, dtype=np.int64),
             np.array(self._arena_words, dtype=np.int64),
             np.array(self._relocations, dtype=np.int64).reshape(-1, 3),
+            tuple(self._tables),
         )
 
     def _word(
@@ -147,4 +151,7 @@ class TapeWriter:
                 return location.offset
             self._relocations.append((len(self._words), location.index, location.offset))
             return 0
+        if isinstance(argument, Table):
+            self._tables.append(np.array(argument.numbers, dtype=np.int64))
+            return int(self._tables[-1].ctypes.data)
         return int(argument)

@@ -22,6 +22,7 @@ from graphopt.kernels.registry import (
     Packed,
     Scratch,
     Step,
+    Table,
     candidates,
 )
 
@@ -134,6 +135,7 @@ def execute(
     needed = candidate.scratch_bytes(threads)
     scratch = GuardedBuffer(-(-needed // 64) * 64)
     scratch.bytes[...] = 0xFF
+    tables: list[np.ndarray] = []
 
     def address(argument: Argument) -> int:
         match argument:
@@ -143,6 +145,9 @@ def execute(
                 return targets[index].address
             case Packed(index):
                 return int(packed[index].ctypes.data)
+            case Table(numbers):
+                tables.append(np.array(numbers, np.int64))
+                return int(tables[-1].ctypes.data)
             case Scratch(start):
                 assert needed, "the kernel asked for no scratch memory"
                 return scratch.address + start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ PANELS = st.lists(st.tuples(st.floats(0, 1e5), st.floats(1, 1e6)), min_size=1, m
 
 
 def first_tasks(panels: Panels, parts: int, shares: list[int], places: int = 1) -> list[int]:
-    table = panel_shares(panels)
+    table = np.array(panel_shares(panels).numbers)
     address = table.ctypes.data
     return [first_task(share, WHOLE, address, places, len(panels), parts) for share in shares]
 
