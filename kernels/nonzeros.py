@@ -49,7 +49,7 @@ _PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
 """Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
 WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
 """Vectors of a panel, by rows that share their columns."""
-_TAIL_WIDTHS = {1: (3, 4, 6), 2: (3, 4), 4: (3, 4)}
+_TAIL_WIDTHS = (3, 4)
 """The same of panels of which the last has a tail."""
 _TAILS = (4, 8) if LANES == 16 else ()
 """Lanes of narrower vectors."""
@@ -181,7 +181,7 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
     """Widths to try, their tail, and the pitch if panels of these widths stay where they are."""
     vectors, rest = divmod(columns, LANES)
     tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
-    widths = [width for width in _TAIL_WIDTHS[rows] if tail and vectors and vectors % width == 0]
+    widths = [width for width in _TAIL_WIDTHS if tail and vectors and vectors % width == 0]
     if not widths:
         widths, tail, vectors = list(WIDTHS[rows]), 0, math.ceil(columns / LANES)
     staying = [width for width in widths if _stays(width, tail, vectors, pitch)]
