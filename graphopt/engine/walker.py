@@ -65,6 +65,9 @@ STOP = -1
 SPINNING, PARKED, WAKING = 0, 1, 2
 
 _LEAST_TICKS = 10_000
+_ALIKE = UNIT_SPEED // 20
+"""Speeds that differ by less count as equal: equal tasks take unequally long as well, where the
+memory of some is farther away."""
 
 # One row of a tape: three words.
 STEP_ENTRY = 0
@@ -282,16 +285,23 @@ def walk_alone(tape: int, arguments: int, first: int, last: int) -> None:
 
 
 @njit
+def speed_of(thread: int) -> int:
+    """The speed by which the thread with this address gets its share."""
+    speed = load(thread + SPEED)
+    return UNIT_SPEED if abs(speed - UNIT_SPEED) < _ALIKE else speed
+
+
+@njit
 def divide(team: int, threads: int) -> None:
     """Give each thread a share of the work that is as large as the thread is fast."""
     total = 0
     for thread in range(threads):
-        total += load(team + FIRST_THREAD + thread * THREAD_BYTES + SPEED)
+        total += speed_of(team + FIRST_THREAD + thread * THREAD_BYTES)
     before = 0
     for thread in range(threads):
         own = team + FIRST_THREAD + thread * THREAD_BYTES
         store(own + BEGIN, before * WHOLE // total)
-        before += load(own + SPEED)
+        before += speed_of(own)
         store(own + END, before * WHOLE // total)
 
 

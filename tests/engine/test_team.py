@@ -384,6 +384,12 @@ def test_shares_follow_the_speed_of_threads(slowness: tuple[int, ...]) -> None:
     np.testing.assert_allclose(shares, speeds / speeds.sum(), rtol=0.02)
 
 
+def test_threads_of_nearly_one_speed_get_equal_shares() -> None:
+    np.testing.assert_array_equal(shares_after([[1_000_000, 1_080_000]] * 30), [0.5, 0.5])
+    (first, second) = shares_after([[1_000_000, 1_150_000]] * 30)
+    assert first > 0.52 > second
+
+
 def test_shares_after_short_or_disturbed_jobs() -> None:
     np.testing.assert_array_equal(shares_after([[9000, 20000]] * 9), [0.5, 0.5])
     (first, second) = shares_after([[10**6, 10**6]] * 3 + [[10**6, 10**9]])
