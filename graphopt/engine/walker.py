@@ -105,6 +105,8 @@ CONTEXT_BYTES = 64
 
 _AVOIDANCE = 10
 """For so many times the time that was lost with the team, its caller goes alone."""
+_MOST_LOST = 100
+"""How many times as long as alone may count as lost: a machine may have slept meanwhile."""
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -493,7 +495,8 @@ def run_steps(context: int, first: int, last: int, threads: int, stay: int) -> i
         waited = walk_together(team, 0)
         end = ticks()
         compare_speeds(team, threads)
-        lost = end - start - threads * (end - start - waited)
+        alone = threads * (end - start - waited)
+        lost = min(end - start - alone, _MOST_LOST * alone)
         if lost > 0 and load(context + CONTEXT_GIVES_WAY) != 0:
             store(context + CONTEXT_ALONE_UNTIL, end + _AVOIDANCE * lost)
     atomic_exchange(team + OWNER, 0)
