@@ -8,6 +8,7 @@ reported.
     python benchmarks/inference.py                       # all networks, dense, 80 % and 90 % sparse
     python benchmarks/inference.py --networks resnet50 --sparsity 0 0.9 --backends graphopt torch
     python benchmarks/inference.py --batch 16 --threads 1
+    python benchmarks/inference.py --networks resnet50 --busy 2   # beside two programs that compute
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -199,10 +202,24 @@ def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Meanwhile so many other processes compute."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(spin) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def measure(
-    name: str, sparsity: float, backends: Sequence[str], batch: int, threads: int, rounds: int
+    name: str, sparsity: float, backends: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """One network at one sparsity in all backends: seconds per call, by backend."""
+    batch, threads = options.batch, options.threads
     torch.manual_seed(0)
     torch._dynamo.reset()  # type: ignore[attr-defined]
     network, inputs = NETWORKS[name](batch)
@@ -213,12 +230,16 @@ def measure(
             plain = graphopt.optimize(network, arguments_of(inputs))
             plain.export_onnx(model, verify=False)
         runs = {one: BACKENDS[one](network, inputs, threads, model) for one in backends}
-        seconds = interleaved(runs, rounds)
+        for run in runs.values():
+            run()
+        with busy(options.busy):
+            seconds = interleaved(runs, options.rounds)
     return {
         "network": name,
         "sparsity": sparsity,
         "batch": batch,
         "threads": threads,
+        "busy": options.busy,
         "seconds": seconds,
     }
 
@@ -243,9 +264,10 @@ def machine() -> dict[str, str]:
 def show(console: Console, records: list[dict[str, Any]], backends: Sequence[str]) -> None:
     """Milliseconds of every backend, and the ratio to the reference."""
     first = records[0]
-    table = Table(
-        title=f"milliseconds of a call, batch {first['batch']}, {first['threads']} threads"
-    )
+    title = f"milliseconds of a call, batch {first['batch']}, {first['threads']} threads"
+    if first["busy"]:
+        title += f", beside {first['busy']} processes that compute"
+    table = Table(title=title)
     table.add_column("network")
     table.add_column("sparsity", justify="right")
     for name in backends:
@@ -294,6 +316,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute beside them")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -310,9 +333,7 @@ def main() -> None:
         task = progress.add_task("measuring", total=len(jobs))
         for name, sparsity in jobs:
             progress.update(task, description=f"{name}, {sparsity:.0%} sparse")
-            records.append(
-                measure(name, sparsity, backends, options.batch, options.threads, options.rounds)
-            )
+            records.append(measure(name, sparsity, backends, options))
             file.write_text(json.dumps({"machine": machine(), "records": records}, indent=1))
             progress.advance(task)
     show(console, records, backends)
