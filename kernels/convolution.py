@@ -189,7 +189,7 @@ class ConvolutionCandidate(Candidate):
             "top": image.start[0], "left": image.start[1],
             "vectors": blocking.vectors, "panels": blocking.panels,
             "extra_columns": blocking.columns,
-            "shares": panel_shares(_block_cycles(image, self.tile, blocking)),
+            "shares": panel_shares(_blocks_cycles(image, self.tile, blocking)),
             "places": image.batch * image.groups,
             "tiles": blocking.tiles, "depth_channels": blocking.depth_channels,
             "pixel_blocks": blocking.pixel_blocks, "parts": blocking.parts,
@@ -342,23 +342,27 @@ def _cycles(image: Image, tile: TileShape, cut: _Blocking, threads: int) -> floa
     tasks = math.ceil(blocks * cut.parts / threads)
     share = cut.panels_per_block / cut.panels
     vectors = math.ceil(cut.vectors * share)
-    depth = image.channels * image.taps
-    copy = vectors * depth * pack_cycles(image) + 200
-    steps = vectors * tile.cycles / tile.width + cut.columns * share / 2
-    product = cut.tiles * (steps * depth + 3 * tile.height * vectors)
+    copy, product = _block_cycles(image, tile, cut.tiles, vectors, cut.columns * share)
     return math.ceil(tasks / cut.parts) * copy + tasks / cut.parts * product
 
 
-def _block_cycles(image: Image, tile: TileShape, cut: _Blocking) -> Iterator[tuple[float, float]]:
-    """Cycles of each block of pixels, roughly: to copy it, and of all its tasks."""
-    depth = image.channels * image.taps
+def _blocks_cycles(image: Image, tile: TileShape, cut: _Blocking) -> Iterator[tuple[float, float]]:
+    """`_block_cycles` of each block of pixels."""
     for number in range(cut.pixel_blocks):
         first, last = (block * cut.panels // cut.pixel_blocks for block in (number, number + 1))
         vectors = last * cut.vectors // cut.panels - first * cut.vectors // cut.panels
         columns = min(last, cut.columns) - min(first, cut.columns)
-        copy = vectors * depth * pack_cycles(image) + 200
-        steps = vectors * tile.cycles / tile.width + columns / 2
-        yield copy, cut.tiles * (steps * depth + 3 * tile.height * vectors)
+        yield _block_cycles(image, tile, cut.tiles, vectors, columns)
+
+
+def _block_cycles(
+    image: Image, tile: TileShape, tiles: int, vectors: int, columns: float
+) -> tuple[float, float]:
+    """Cycles of a block of pixels, roughly: to copy it, and of all its tasks."""
+    depth = image.channels * image.taps
+    copy = vectors * depth * pack_cycles(image) + 200
+    steps = vectors * tile.cycles / tile.width + columns / 2
+    return copy, tiles * (steps * depth + 3 * tile.height * vectors)
 
 
 def image_epilogue(problem: ConvolutionProblem, image: Image, block: Arguments) -> Epilogue:

@@ -98,8 +98,7 @@ class SparseConvolutionCandidate(Candidate):
     ) -> tuple[tuple[float, float], ...]:
         """Cycles of each panel, roughly: to copy it or read it first, and of all its tasks."""
         depth = image.channels * image.taps
-        finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
-        tasks = product_cycles(schedule, zeros, image.outputs, depth) + finish
+        tasks = task_cycles(image, schedule, zeros)
         if schedule.pitch:
             # A part of the product, which every thread that works on the panel does.
             copy = min(schedule.width * depth * _READ_CYCLES, tasks / 2)
@@ -225,6 +224,12 @@ def sparse_candidates(
         seconds = image.batch * image.groups * sum(map(sum, cycles)) / CYCLES_PER_SECOND
         found.append(kind(name, problem, seconds, image, schedule, cycles))
     return found
+
+
+def task_cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
+    """Cycles of all tasks of a panel, roughly: its products with the weight, and their epilogue."""
+    finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
+    return product_cycles(schedule, zeros, image.outputs, image.channels * image.taps) + finish
 
 
 def _schedules(image: Image, zeros: ZeroPattern) -> Iterable[Schedule]:

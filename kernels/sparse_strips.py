@@ -23,7 +23,6 @@ from graphopt.kernels.nonzeros import (
     Schedule,
     depths,
     pack_streams,
-    product_cycles,
     product_lines,
     rows_at_once,
     wait_line,
@@ -37,9 +36,10 @@ from graphopt.kernels.sparse_convolution import (
     SparseConvolutionCandidate,
     fetch_lines,
     sparse_candidates,
+    task_cycles,
 )
 from graphopt.kernels.stream import VECTOR_BYTES
-from graphopt.kernels.tile import VECTORS_PER_CYCLE, Epilogue, fill
+from graphopt.kernels.tile import Epilogue, fill
 from graphopt.kernels.zeros import ZeroPattern
 
 _PIECES = tuple(LANES // count for count in (1, 2, 4) if LANES // count > 1)
@@ -110,11 +110,9 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
     def panel_cycles(
         image: Image, schedule: Schedule, zeros: ZeroPattern
     ) -> tuple[tuple[float, float], ...]:
-        depth = image.channels * image.taps
-        blocks = math.ceil(depth / schedule.depth)
+        blocks = math.ceil(image.channels * image.taps / schedule.depth)
         vectors = strips(image, schedule.width).vectors
-        finish = 3 * image.outputs * schedule.width / VECTORS_PER_CYCLE
-        tasks = product_cycles(schedule, zeros, image.outputs, depth) + finish
+        tasks = task_cycles(image, schedule, zeros)
 
         def copy(pieces: int) -> float:
             start = pieces * blocks * _PACK_START
