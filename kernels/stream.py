@@ -155,7 +155,7 @@ class _Tile:
         singles = self._plus(begin, times(builder.ashr(count, int64_constant(2)), four))
         end = self._plus(singles, times(builder.and_(count, int64_constant(FOUR - 1)), single))
         with self._walk(self._plus(begin, _AHEAD), self._plus(end, _AHEAD), LINE) as line:
-            fetch_ahead(builder, line, once=True)
+            fetch_ahead(builder, line)
         with self._walk(begin, singles, four) as p:
             # One load for all, which take turns with those of the panel.
             numbers = self._load(p, _INT64)
