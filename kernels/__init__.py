@@ -6,6 +6,7 @@ Importing this package registers the built-in families. `registry` says how to w
 from graphopt.kernels import (
     attention,
     convolution,
+    convolution_chain,
     copy,
     depthwise,
     direct_convolution,
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "candidates",
     "convolution",
+    "convolution_chain",
     "copy",
     "depthwise",
     "direct_convolution",

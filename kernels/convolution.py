@@ -174,14 +174,13 @@ class ConvolutionCandidate(Candidate):
     def _arguments(self, blocking: _Blocking) -> tuple[Arguments, Epilogue]:
         image, block = self.image, Arguments()
         scratch = self._thread_scratch(blocking)
-        plane, out_plane = 4 * math.prod(image.size), 4 * image.pixels
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Packed(0), "y": Output(0), "scratch": Scratch(),
             "pack": source.shared(panel.pack_taps).address,
             "thread_scratch": scratch, "panel_bytes": scratch // blocking.panels_per_block,
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
-            "plane": plane, "out_plane": out_plane,
+            "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "out_width": image.out_size[1], "pixels": image.pixels,
             "kernel_height": image.kernel[0], "kernel_width": image.kernel[1],
             "stride_height": image.stride[0], "stride_width": image.stride[1],
@@ -219,9 +218,9 @@ class ProductCandidate(Candidate):
 
 @register(ConvolutionProblem)
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
-    """Register tiles of a few shapes, for float32 in the plain layout and a constant weight."""
+    """Register tiles of a few shapes, for float32 in dense or padded planes."""
     problem.check()
-    image = image_of(problem)
+    image = image_of(problem, padded=True)
     if image is None:
         return []
     found: list[Candidate] = []
@@ -230,7 +229,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         name = f"convolution {tile}"
         found.append(ConvolutionCandidate(name, problem, cycles / CYCLES_PER_SECOND, image, tile))
     whole = image.size == image.kernel and image.start == (0, 0) and image.dilation == (1, 1)
-    if whole and image.pixels == image.groups == 1:
+    if whole and image.pixels == image.groups == 1 and image_of(problem) is not None:
         linear = _linear(problem, image)
         for product in matmul.candidates(linear):
             name = f"convolution as {product.kernel}"

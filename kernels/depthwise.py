@@ -48,6 +48,9 @@ class StripCandidate(Candidate):
     image: Image
     strip: int
 
+    def packing(self) -> tuple[object, ...]:
+        return ()
+
     @property
     def _planes(self) -> int:
         return self.image.batch * self.image.groups * self.image.outputs

@@ -94,6 +94,7 @@ class DirectCandidate(Candidate):
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Packed(0), "y": Output(0),
             "groups": image.groups, "channels": image.channels, "outputs": image.outputs,
+            "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "pixels": image.pixels, "tiles": self._tiles, "panels": panels, "parts": parts,
             "tasks": image.batch * image.groups * panels * parts,
         }  # fmt: skip
@@ -105,7 +106,7 @@ class DirectCandidate(Candidate):
 def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     """The tiles that fit the image best, for single pixels of few channels."""
     problem.check()
-    image = image_of(problem)
+    image = image_of(problem, padded=True)
     if image is None or image.taps != 1 or image.size != image.out_size or image.size[0] != 1:
         return []
     if image.stride != (1, 1):  # padding after the image can make up for it
@@ -126,7 +127,8 @@ def _cycles(image: Image, tile: TileShape) -> float:
     tiles = math.ceil(image.outputs / tile.height)
     panels = math.ceil(image.pixels / (tile.width * LANES))
     # Where rows do not start on the lines of the cache, most loads touch two of them.
-    loads = (2 * tile.width + tile.height / 2) / VECTORS_PER_CYCLE
+    lines = 1 if image.plane % LANES == 0 else 2
+    loads = (lines * tile.width + tile.height / 2) / VECTORS_PER_CYCLE
     step = max(tile.height * tile.width / VECTORS_PER_CYCLE, loads) * 1.03
     finish = 4 * tile.height * tile.width / VECTORS_PER_CYCLE + 15
     return image.batch * image.groups * panels * tiles * (image.channels * step + finish)
@@ -152,7 +154,7 @@ def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
 
 _BODY = """
 <prologue>
-c_row = 4 * pixels
+c_row = out_plane
 <share>
 while task < stop:
     first_part = task % parts
@@ -167,16 +169,16 @@ while task < stop:
     a = weight + 4 * (group * tiles + tile) * channels * HEIGHT
     while tile < last_tile:
         <zero>
-        place = x + number * channels * c_row + 4 * start
+        place = x + number * channels * plane + 4 * start
         step = 0
         while step < channels:
             <products>
             a += 4 * HEIGHT
-            place += c_row
+            place += plane
             step += 1
         channel = group * outputs + tile * HEIGHT
         rows = outputs - tile * HEIGHT
-        c = y + (image * groups * outputs + channel) * c_row + 4 * start
+        c = y + (image * groups * outputs + channel) * out_plane + 4 * start
         <starts>
         <finish>
         tile += 1

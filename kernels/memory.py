@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from graphopt.kernels.register import Register, Vector, call, scalar_bits, splat
+from graphopt.kernels.registry import WHOLE
 
 
 def named_vector(kind: types.Type) -> Vector | None:
@@ -212,6 +213,25 @@ def call_kernel(typing: Any, address: Any, arguments: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, arguments), generate
+
+
+@intrinsic
+def call_step(typing: Any, address: Any, block: Any) -> Any:
+    """Let the kernel at ``address`` do all its work with the arguments at ``block``."""
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        word = ir.IntType(64)
+        function = ir.FunctionType(ir.VoidType(), [word.as_pointer(), word, word, word])
+        kernel, block = (
+            context.cast(builder, value, kind, types.int64)
+            for value, kind in zip(values, sig.args, strict=True)
+        )
+        first = builder.inttoptr(block, word.as_pointer())
+        share = [int64_constant(number) for number in (0, 0, WHOLE)]
+        builder.call(builder.inttoptr(kernel, function.as_pointer()), [first, *share])
+        return context.get_dummy_value()
+
+    return types.void(address, block), generate
 
 
 def lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:

@@ -7,7 +7,9 @@ A problem knows nothing of graphs. Its operands are numbered; `registry.Input` a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 from graphopt.kernels.expression import Expression
@@ -194,6 +196,93 @@ class ConvolutionProblem(Problem):
         expected = (x.shape[0], weight.shape[0], *sizes)
         if self.outputs[0].shape != expected:
             raise ValueError(f"the output is {self.outputs[0].shape}, it should be {expected}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A convolution of a `ConvolutionChainProblem`; the names are those of `ConvolutionProblem`.
+
+    ``constants`` is the number of its inputs beside x: the weight and the further inputs of the
+    epilogue. ``output`` has the shape of its result.
+    """
+
+    constants: int
+    output: Operand
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+    epilogue: Expression | None
+
+
+@dataclass(frozen=True)
+class ConvolutionChainProblem(Problem):
+    """Convolutions of which each reads the result of the one before, which nothing else reads.
+
+    Inputs are x of the first, then of each its weight and the further inputs of its epilogue.
+    """
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    stages: tuple[Stage, ...]
+
+    @staticmethod
+    def of(convolutions: Sequence[ConvolutionProblem]) -> ConvolutionChainProblem:
+        """The chain of some convolutions.
+
+        Raises ValueError where one does not read what the one before computes.
+        """
+        for one, following in pairwise(convolutions):
+            if one.outputs[0].shape != following.inputs[0].shape:
+                raise ValueError(
+                    f"{one.outputs[0].shape} is followed by {following.inputs[0].shape}"
+                )
+        stages = tuple(
+            Stage(
+                len(one.inputs) - 1,
+                one.outputs[0],
+                one.stride,
+                one.padding,
+                one.dilation,
+                one.groups,
+                one.epilogue,
+            )
+            for one in convolutions
+        )
+        constants = [operand for one in convolutions for operand in one.inputs[1:]]
+        return ConvolutionChainProblem(
+            (convolutions[0].inputs[0], *constants), convolutions[-1].outputs, stages
+        )
+
+    @property
+    def convolutions(self) -> tuple[ConvolutionProblem, ...]:
+        """Each convolution on its own."""
+        found = []
+        x, first = self.inputs[0], 1
+        for stage in self.stages:
+            inputs = (x, *self.inputs[first : first + stage.constants])
+            found.append(
+                ConvolutionProblem(
+                    inputs,
+                    (stage.output,),
+                    stage.stride,
+                    stage.padding,
+                    stage.dilation,
+                    stage.groups,
+                    stage.epilogue,
+                )
+            )
+            x, first = stage.output, first + stage.constants
+        return tuple(found)
+
+    @property
+    def flops(self) -> int:
+        return sum(one.flops for one in self.convolutions)
+
+    def check(self) -> None:
+        """Raise ValueError where the shapes do not belong together."""
+        for one in self.convolutions:
+            one.check()
 
 
 @dataclass(frozen=True)

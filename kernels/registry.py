@@ -51,16 +51,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Input:
-    """The address of the problem's input ``index``."""
+    """An address in the problem's input ``index``, ``offset`` bytes from its start."""
 
     index: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class Output:
-    """The address of the problem's output ``index``."""
+    """An address in the problem's output ``index``, ``offset`` bytes from its start."""
 
     index: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from graphopt.kernels.memory import (
+    call_step,
     first_lanes,
     gather,
     load,
@@ -82,6 +83,7 @@ __all__ = [
     "at_least",
     "at_most",
     "broadcast",
+    "call_step",
     "ceil",
     "convert",
     "copysign",

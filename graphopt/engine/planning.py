@@ -14,6 +14,7 @@ import torch
 
 from graphopt.engine import selection as selecting
 from graphopt.engine.builder import ProgramBuilder
+from graphopt.engine.chains import chains, with_chain
 from graphopt.engine.layouts import with_padded_planes
 from graphopt.engine.lowering import lower
 from graphopt.engine.parts import PartsProgram, part_keys, part_sizes
@@ -43,6 +44,9 @@ WORTH_PARTS = 2**21
 
 TURNS_OF_PARTS = 3
 """How often a batch is timed as a whole and in parts."""
+
+CLEARLY_FASTER = 0.97
+"""Of the time of single kernels, from which a chain replaces them."""
 
 COMPUTED = object()
 """Stands among a plan's literals for an output that the program computes."""
@@ -191,8 +195,8 @@ def _plan(
 ) -> Plan:
     """A plan that computes a whole batch at once."""
     types = graph.types_under(sizes)
-    works = with_padded_planes(lower(graph, types))
     writer = _Writer(graph, threads, selection, like)
+    works = writer.with_chains(with_padded_planes(lower(graph, types)))
     for value in graph.inputs:
         kind = types[value]
         assert isinstance(kind, TensorType)
@@ -255,6 +259,26 @@ class _Writer:
                         candidate.build(self.threads)
         compile_ahead(wanted, default_threads())
         return contenders
+
+    def with_chains(self, works: list[Work]) -> list[Work]:
+        """The works, with convolutions joined where that was measured to be faster."""
+        if not self.selection.measure:
+            return works
+        found = chains(works)
+        parts = [part for chain in found for part in (chain.work, *chain.parts)]
+        contenders = iter(self.contenders(parts))
+        for chain in found:
+            whole, *single = (
+                self._seconds(part, next(contenders)) for part in (chain.work, *chain.parts)
+            )
+            if whole < CLEARLY_FASTER * sum(single):
+                works = with_chain(works, chain)
+        return works
+
+    def _seconds(self, work: KernelWork, contenders: Sequence[Candidate]) -> float:
+        """Measured seconds of the fastest of the contenders."""
+        arrays = [_array(value) for value in work.inputs]
+        return min(selecting.measured(contenders, arrays, self.threads))
 
     def declare(self, work: Work, value: Value, kind: TensorType) -> None:
         if isinstance(work, AliasWork):

@@ -109,11 +109,19 @@ def decide(
     """
     if len(timed) == 1:
         return timed[0]
+    times = measured(timed, constants, threads)
+    return timed[times.index(min(times))]
+
+
+def measured(
+    timed: Sequence[Candidate], constants: Sequence[np.ndarray | None], threads: int
+) -> list[float]:
+    """Seconds of each contender, measured now and remembered unless they are known."""
     times = _known_times(timed, threads)
     if times is None:
         times = measure(timed, constants, threads)
         remember(dict(zip((_key(one, threads) for one in timed), times, strict=True)))
-    return timed[times.index(min(times))]
+    return times
 
 
 def _known_times(timed: Sequence[Candidate], threads: int) -> list[float] | None:

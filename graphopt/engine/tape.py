@@ -67,9 +67,9 @@ class Operands:
         """Raises ValueError for an operand that the kernel was not given."""
         try:
             if isinstance(argument, Input):
-                return self.inputs[argument.index]
+                return moved(self.inputs[argument.index], argument.offset)
             if isinstance(argument, Output):
-                return self.outputs[argument.index]
+                return moved(self.outputs[argument.index], argument.offset)
             if isinstance(argument, Packed):
                 return self.packed[argument.index]
         except IndexError:
