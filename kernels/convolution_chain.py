@@ -23,6 +23,7 @@ from graphopt.kernels.direct_convolution import DirectCandidate
 from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.operand import Layout, Operand
 from graphopt.kernels.problem import ConvolutionChainProblem, ConvolutionProblem
+from graphopt.kernels.register import LANES
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -35,6 +36,7 @@ from graphopt.kernels.registry import (
 )
 from graphopt.kernels.registry import candidates as candidates_of
 from graphopt.kernels.shares import panel_shares, share_lines
+from graphopt.kernels.sparse_convolution import SparseConvolutionCandidate
 from graphopt.kernels.tile import WORTH_SHARING, fill
 
 _BETWEEN = (2**19, 2**20)
@@ -47,11 +49,15 @@ Rows = tuple[int, int]
 
 @dataclass(frozen=True)
 class Part:
-    """A convolution of one band: its problem, and the rows of x and of the result."""
+    """A convolution of one band: its problem, and the rows of x and of the result.
+
+    ``before`` are the rows of x in memory that come before those.
+    """
 
     problem: ConvolutionProblem
     rows: Rows
     out_rows: Rows
+    before: int
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,8 @@ def candidates(problem: ConvolutionChainProblem) -> list[Candidate]:
     convolutions = problem.convolutions
     if len(convolutions) < 2 or not all(map(_in_bands, convolutions)):
         return []
+    if problem.outputs[0].shape[2] < 2:
+        return []
     found: list[Candidate] = []
     for count in sorted(set(_counts(convolutions))):
         bands = tuple(_band(convolutions, number, count) for number in range(count))
@@ -280,7 +288,7 @@ def _band(convolutions: Sequence[ConvolutionProblem], band: int, count: int) -> 
         )
         cut = _cut(y, out_rows, between)
         problem = replace(convolution, inputs=inputs, outputs=(cut,), padding=padding)
-        parts.append(Part(problem, rows, out_rows))
+        parts.append(Part(problem, rows, out_rows, 0 if number else rows[0]))
         out_rows, between = rows, high - low
     return tuple(reversed(parts))
 
@@ -297,15 +305,29 @@ def _cut(image: Operand, rows: Rows, between: int = 0) -> Operand:
 def _kernels(parts: Sequence[Part], in_place: bool) -> tuple[Candidate, ...]:
     """What does a convolution in each band: the kernel that is fastest by estimates in the middle,
     or if ``in_place`` one that reads the image where it lies. () where there is none."""
-    found = {part.problem: candidates_of(part.problem) for part in parts}
-    choices = found[parts[len(parts) // 2].problem]
+    known = {part.problem: candidates_of(part.problem) for part in parts}
+    found = [[one for one in known[part.problem] if _stays_inside(one, part)] for part in parts]
+    choices = found[len(parts) // 2]
     in_place &= parts[0].problem.inputs[1].zeros is None
     direct = [one for one in choices if isinstance(one, DirectCandidate)] if in_place else []
     for choice in (*direct, *choices):
-        own = [_like(choice, found[part.problem]) for part in parts]
+        own = [_like(choice, others) for others in found]
         if None not in own:
             return tuple(one for one in own if one is not None)
     return ()
+
+
+def _stays_inside(candidate: Candidate, part: Part) -> bool:
+    """Whether a kernel reads nothing behind an image of which it is given some rows.
+
+    Sparse products in place read whole vectors: they may, behind a plane, but not behind all.
+    """
+    if not isinstance(candidate, SparseConvolutionCandidate) or not candidate.schedule.pitch:
+        return True
+    x = part.problem.inputs[0]
+    width = x.shape[3]
+    vectors = math.ceil((part.rows[1] - part.rows[0]) * width / LANES)
+    return part.before * width + vectors * LANES <= x.layout.plane
 
 
 def _like(choice: Candidate, others: Sequence[Candidate]) -> Candidate | None:

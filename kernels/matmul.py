@@ -138,7 +138,9 @@ class MatmulCandidate(Candidate):
             return ()
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         block, epilogue = self._arguments(threads if parallel else 1)
-        text = kernel_text(block, _lines(self.tile, epilogue, self._packed), VOCABULARY)
+        once = self._packed and self.product.rows <= self.tile.height
+        body = _lines(self.tile, epilogue, self._packed, once)
+        text = kernel_text(block, body, VOCABULARY)
         entry = source.build(f"matmul_{self.tile.height}x{self.tile.width}", text)
         return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
 
@@ -288,8 +290,8 @@ def product_epilogue(problem: MatmulProblem, product: Product, block: Arguments)
     return Epilogue(problem.epilogue, extras, len(block.names))
 
 
-def _lines(tile: TileShape, epilogue: Epilogue, packed: bool) -> list[str]:
-    """The kernel's body."""
+def _lines(tile: TileShape, epilogue: Epilogue, packed: bool, once: bool) -> list[str]:
+    """The kernel's body; ``packed`` b may be read ``once``, for a single tile of rows."""
     starts = [
         f"e{index} = extra{index} + own_e{index} + row * e{index}_row"
         + (f" + {extra.width} * start" if extra.along else "")
@@ -306,7 +308,7 @@ def _lines(tile: TileShape, epilogue: Epilogue, packed: bool) -> list[str]:
         "share": SHARE,
         "offsets": offset_lines(epilogue),
         "panel": find if packed else arrange,
-        "multiply": multiply_lines(tile, a_row="a_row", a_step="a_step", padded=False),
+        "multiply": multiply_lines(tile, a_row="a_row", a_step="a_step", padded=False, once=once),
         "epilogue": [*starts, *epilogue.lines()],
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})

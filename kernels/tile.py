@@ -37,9 +37,10 @@ PARTS = 16
 """Parts of the output channels of which threads get shares, the same for every team."""
 
 _AHEAD = 8192
-"""Bytes of ``a`` that are fetched in advance: its order in memory crosses pages too often for the
-CPU to do so, and weights come from the main memory once per inference.
+"""Bytes of a constant that are fetched in advance: its order in memory crosses pages too often for
+the CPU to do so, and weights come from the main memory once per inference.
 """
+_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def multiply_tile(
     rows: Any,
     columns: Any,
     column: Any,
+    once: Any,
     height: Any,
     width: Any,
     vector: Any,
@@ -99,7 +101,8 @@ def multiply_tile(
     ``b + step * b_step`` and are read whole. If ``padded`` (literal), ``a`` has ``height`` rows in
     memory, else ``rows`` of them. Rows of ``c`` are ``c_row`` apart; everything in bytes.
     ``column`` is 0 (literal), or where one more column of ``b`` is, a number per step; then the
-    rows of ``a`` must be neighbours, and all vectors of ``c`` whole.
+    rows of ``a`` must be neighbours, and all vectors of ``c`` whole. ``once`` (literal) says that
+    ``b`` is a constant that is read only here, so that it is fetched from the main memory.
     """
     kind = vector.instance_type
     shape = height.literal_value, width.literal_value
@@ -112,13 +115,13 @@ def multiply_tile(
             wanted = types.boolean if name == "accumulate" else types.int64
             named[name] = context.cast(builder, named[name], numba, wanted)
         tile = _Tile(VectorMemory(builder, kind), *shape, named, extended)
-        tile.multiply(whole)
+        tile.multiply(whole, bool(once.literal_value))
         tile.store()
         return context.get_dummy_value()
 
     return types.void(
         a, a_row, a_step, padded, b, b_step, depth, c, c_row, accumulate, rows, columns,
-        column, height, width, vector,
+        column, once, height, width, vector,
     ), generate  # fmt: skip
 
 
@@ -151,7 +154,7 @@ class _Tile:
         ]
         self.column = _Column(self.builder, height, operands) if extended else None
 
-    def multiply(self, padded: bool) -> None:
+    def multiply(self, padded: bool, once: bool) -> None:
         """Make the sums of products."""
         builder, memory, given = self.builder, self.memory, self.operands
         starts = [self._row_start(row, padded) for row in range(self.height)]
@@ -161,6 +164,9 @@ class _Tile:
                 memory.load(builder.add(step, int64_constant(column * memory.bytes)))
                 for column in range(self.width)
             ]
+            if once:
+                for line in range(0, self.width * memory.bytes, _LINE):
+                    fetch_ahead(builder, builder.add(step, int64_constant(_AHEAD + line)))
             offset = builder.mul(loop.index, given["a_step"])
             if padded:
                 fetch_ahead(
@@ -401,9 +407,11 @@ class Epilogue:
 
 
 def multiply_lines(
-    tile: TileShape, a_row: str, a_step: str, padded: bool, column: str = ""
+    tile: TileShape, a_row: str, a_step: str, padded: bool, column: str = "", once: bool = False
 ) -> list[str]:
     """Lines that call `multiply_tile` with as many vectors as ``filled`` says, at most all.
+
+    ``padded`` and ``once`` are its own.
 
     ``column`` is an address, not 0 where there is one column more; only a tile that
     `takes_column` has it.
@@ -413,7 +421,7 @@ def multiply_lines(
         return [
             "multiply_tile(",
             f"    a, {a_row}, {a_step}, {padded}, b, b_step, depth, c, c_row, accumulate,",
-            f"    rows, columns, {column}, {tile.height}, {width}, FLOAT32,",
+            f"    rows, columns, {column}, {once}, {tile.height}, {width}, FLOAT32,",
             ")",
         ]
 

@@ -1,4 +1,4 @@
-"""Padded planes between sparse convolutions, and nowhere else."""
+"""Padded planes in front of sparse convolutions, and nowhere else."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def padded(network: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("size", [7, 14, 16])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_images_of_sparse_products(network: Bottlenecks, size: int, batch: int) -> None:
-    # Between the blocks, and in front of each expansion; the stem and the head know of none.
-    assert padded(network, torch.randn(batch, 3, size, size)) == 3
+    # Between the blocks, in front of the first and of each expansion; the head knows of none.
+    assert padded(network, torch.randn(batch, 3, size, size)) == 4
 
 
 def test_planes_that_fill_their_lines(network: Bottlenecks) -> None:
@@ -81,12 +81,12 @@ def test_planes_that_fill_their_lines(network: Bottlenecks) -> None:
 
 def test_a_reader_that_knows_of_none(network: Bottlenecks) -> None:
     network.between = nn.MaxPool2d(3, 1, 1)
-    assert padded(network, torch.randn(1, 3, 14, 14)) == 2
+    assert padded(network, torch.randn(1, 3, 14, 14)) == 3
 
 
 def test_depthwise_convolutions_between(network: Bottlenecks) -> None:
     network.middle = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1, groups=64) for _ in range(2))
-    assert padded(network, torch.randn(2, 3, 14, 14)) == 3
+    assert padded(network, torch.randn(2, 3, 14, 14)) == 4
 
 
 def test_dense_networks(network: Bottlenecks) -> None:

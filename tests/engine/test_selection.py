@@ -144,9 +144,17 @@ def test_a_time_is_at_least_that_of_fetching_the_constants(
     found = candidates(PROBLEM)
     packed = [sum(array.nbytes for array in c.pack([None, WEIGHT])) for c in found]
     assert min(packed) >= WEIGHT.nbytes
-    assert measure(found, [None, WEIGHT], 1) == packed
+    assert measure(found, [None, WEIGHT], 1) == pytest.approx(packed)
     monkeypatch.setattr(selection, "MEMORY_SPEED", 1e30)
     assert all(0 < seconds < 1 for seconds in measure(found, [None, WEIGHT], 1))
+
+
+def test_of_kernels_that_wait_for_memory_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "MEMORY_SPEED", 1.0)
+    monkeypatch.setattr(selection, "least_times", lambda _: [0.5, 0.3, 0.4])
+    (one, *_) = candidates(PROBLEM)
+    times = measure([one] * 3, [None, WEIGHT], 1)
+    assert times.index(min(times)) == 1
 
 
 @pytest.mark.parametrize(("value", "measured"), [("measure", True), ("estimate", False)])

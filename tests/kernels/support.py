@@ -139,10 +139,10 @@ def execute(
 
     def address(argument: Argument) -> int:
         match argument:
-            case Input(index):
-                return sources[index].address
-            case Output(index):
-                return targets[index].address
+            case Input(index, start):
+                return sources[index].address + start
+            case Output(index, start):
+                return targets[index].address + start
             case Packed(index):
                 return int(packed[index].ctypes.data)
             case Table(numbers):
