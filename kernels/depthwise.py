@@ -29,7 +29,7 @@ from graphopt.kernels.tile import (
     Epilogue,
     fill,
 )
-from graphopt.kernels.window import Extras, WindowBody, Windows
+from graphopt.kernels.window import Extras, Windows
 
 _STRIPS = (1, 4, 7)
 """Output rows made at once; the images of most networks are a multiple of 7 high."""
@@ -200,16 +200,9 @@ class WindowCandidate(Candidate):
         return threads * self.windows.scratch_bytes
 
     def build(self, threads: int) -> tuple[Step, ...]:
-        body = WindowBody(
-            outside="0.0",
-            each_result=["own_weight = weight + 4 * taps * channel"],
-            each_tap=["factor = broadcast(read(own_weight + 4 * tap, FLOAT32), FLOAT32)"],
-            combine="fma({0}, factor, {1})",
-        )
         extras = Extras.of(self.problem.epilogue, self.problem.inputs, self.image.extras, first=2)
-        arguments = {"x": Input(0), "weight": Input(1)}
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        return (self.windows.step("depthwise_window", arguments, body, extras, parallel),)
+        return (self.windows.step(extras, parallel),)
 
 
 @register(ConvolutionProblem)

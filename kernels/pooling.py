@@ -1,20 +1,21 @@
 """Max, average and adaptive average pooling in float32, of sequences and images.
 
-Windows of one size slide over padded copies of the rows, as those of depthwise convolutions do.
-Bins of differing sizes, which adaptive pooling has where the sizes do not divide, are summed down
-the columns in vectors and then along the row.
+A window of one size is combined down its columns first, which then are those of one line with
+its padding, and along the line after that: each element of the image is read about once per row of
+windows that it is in. Bins of differing sizes, which adaptive pooling has where the sizes do not
+divide, are summed down the columns in vectors and then along the row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from graphopt.kernels import source
-from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.operand import Layout, Operand
 from graphopt.kernels.problem import AdaptivePoolingProblem, PoolingProblem
 from graphopt.kernels.registry import (
@@ -31,39 +32,58 @@ from graphopt.kernels.registry import (
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
+    VOCABULARY,
     WORTH_SHARING,
+    Epilogue,
     epilogue_supported,
     fill,
     image_strides,
 )
-from graphopt.kernels.window import Extras, WindowBody, Windows
+from graphopt.kernels.window import Extras
 
 _STRIP = 4
-"""Output rows made at once. Twice as many were as fast, and would be compiled for nothing."""
+"""Output rows made at once: what is stored for one is in the cache until it is read."""
+_TASKS = 32
+"""Tasks that are enough to be shared evenly: fewer planes are cut into bands of rows."""
+_REGISTERS = 4
+"""Vectors of a line that are combined at once."""
 
 Counts = tuple[tuple[int, ...], tuple[int, ...]]
 """Elements that a window averages, by its row and by its column; it has their product."""
 
 _NOTHING = Extras(None, (), (), first=1)
-_MAXIMUM = WindowBody(outside="-math.inf", combine="maximum({0}, {1})")
-_AVERAGE = WindowBody(
-    outside="0.0",
-    combine="{0} + {1}",
-    finish="{0} / (broadcast(read(row_counts + 4 * ({1}), FLOAT32), FLOAT32)"
-    " * load_masked(column_counts + 4 * column, FLOAT32, mask))",
-)
 
 
 @dataclass(frozen=True)
 class PoolingCandidate(Candidate):
-    """Windows in strips of so many rows; averages have ``counts``."""
+    """Windows of one size; averages have ``counts``.
 
-    windows: Windows
+    Sizes are by (vertical, horizontal); ``start`` is the padding above and on the left.
+    """
+
+    planes: int
+    channels: int
+    size: tuple[int, int]
+    out_size: tuple[int, int]
+    window: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    start: tuple[int, int]
     counts: Counts | None
     extras: Extras
 
+    @property
+    def line_bytes(self) -> int:
+        """Memory of a line: what vectors of outputs read, and what vectors of the image write."""
+        vectors = math.ceil(self.out_size[1] / LANES)
+        # A vector of windows reads whole vectors, as many as its stride.
+        read = (vectors * LANES - 1) * self.stride[1] + 2 * LANES
+        read += (self.window[1] - 1) * self.dilation[1]
+        written = self.start[1] + math.ceil(self.size[1] / LANES) * LANES
+        return 4 * LANES * math.ceil(max(read, written) / LANES)
+
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        packed = [self.windows.offsets()]
+        packed = []
         for numbers in self.counts or ():
             table = aligned_empty((len(numbers),), np.float32)
             table[...] = numbers
@@ -71,18 +91,79 @@ class PoolingCandidate(Candidate):
         return packed
 
     def scratch_bytes(self, threads: int) -> int:
-        return threads * self.windows.scratch_bytes
+        return threads * _STRIP * self.line_bytes
 
     def build(self, threads: int) -> tuple[Step, ...]:
         if self.problem.outputs[0].size == 0:
             return ()
-        arguments: dict[str, Argument] = {"x": Input(0)}
+        block = Arguments()
+        strips = math.ceil(self.out_size[0] / _STRIP)
+        bands = min(strips, math.ceil(_TASKS / self.planes))
+        values: dict[str, Argument] = {
+            "x": Input(0), "y": Output(0), "scratch": Scratch(), "line_bytes": self.line_bytes,
+            "channels": self.channels, "tasks": self.planes * bands, "bands": bands,
+            "strips": strips, "height": self.size[0], "width": self.size[1],
+            "out_height": self.out_size[0], "out_width": self.out_size[1],
+            "kernel_height": self.window[0], "kernel_width": self.window[1],
+            "stride_height": self.stride[0], "stride_width": self.stride[1],
+            "dilation_height": self.dilation[0], "dilation_width": self.dilation[1],
+            "top": self.start[0], "left": self.start[1],
+        }  # fmt: skip
         if self.counts is not None:
-            arguments |= {"row_counts": Packed(1), "column_counts": Packed(2)}
-        body = _MAXIMUM if self.counts is None else _AVERAGE
+            values |= {"row_counts": Packed(0), "column_counts": Packed(1)}
+        block.add_all(values | self.extras.arguments(self.out_size[1]))
+        epilogue = Epilogue(self.extras.expression, self.extras.operands, len(block.names))
         name = "max_pool" if self.counts is None else "avg_pool"
+        text = kernel_text(block, self._lines(epilogue), VOCABULARY)
         parallel = threads > 1 and self.estimate > WORTH_SHARING
-        return (self.windows.step(name, arguments, body, self.extras, parallel),)
+        arguments = (*block.values, *epilogue.immediates)
+        return (Step(source.build(name, text), arguments, parallel, block.tasks),)
+
+    def _lines(self, epilogue: Epilogue) -> list[str]:
+        """The kernel's body."""
+        is_maximum = self.counts is None
+
+        def combine(value: str, total: str) -> str:
+            joined = f"maximum({total}, {value})" if is_maximum else f"{total} + {value}"
+            return f"{total} = {joined}"
+
+        vectors = range(_REGISTERS)
+        count = "broadcast(read(row_counts + 4 * (row + line), FLOAT32), FLOAT32)"
+        average = f"total / ({count} * load_masked(column_counts + 4 * column, FLOAT32, mask))"
+        parts = {
+            "prologue": epilogue.prologue(),
+            "share": SHARE,
+            "begin all": [f"s{vector} = nothing" for vector in vectors],
+            "combine all": [
+                combine(f"load(p + {4 * LANES * vector}, FLOAT32)", f"s{vector}")
+                for vector in vectors
+            ],
+            "store all": [f"store(q + {4 * LANES * vector}, s{vector})" for vector in vectors],
+            "combine": [combine("load_masked(p, FLOAT32, inside)", "s0")],
+            "along": self._along(combine),
+            "finish": [] if is_maximum else [f"total = {average}"],
+            "epilogue": [*self.extras.starts(), *epilogue.lines()],
+        }
+        outside = "-math.inf" if is_maximum else "0.0"
+        sizes = {"STRIP": _STRIP, "OUTSIDE": outside, "TOGETHER": _REGISTERS}
+        return fill(_BODY, parts, sizes)
+
+    def _along(self, combine: Callable[[str, str], str]) -> list[str]:
+        """Lines that combine what is under a vector of windows, from ``place`` in a line on."""
+        stride, all_lanes = self.stride[1], ", all_lanes" * 2
+        if (stride, self.window[1], self.dilation[1]) == (2, 3, 1):
+            return [
+                f"total, v1, v2 = load_three(place, FLOAT32{all_lanes}, all_lanes)",
+                combine("v1", "total"),
+                combine("v2", "total"),
+            ]
+        value = f"gather(place, {4 * stride}, FLOAT32, all_lanes)"
+        if stride <= 2:
+            value = (
+                "load(place, FLOAT32)" if stride == 1 else f"load_even(place, FLOAT32{all_lanes})"
+            )
+        step = [combine(value, "total"), "place += 4 * dilation_width", "tap += 1"]
+        return ["total = nothing", "tap = 0", "while tap < kernel_width:", *indent(1, step)]
 
 
 @register(PoolingProblem)
@@ -131,13 +212,29 @@ def _sliding(
     counts: Counts | None,
     extras: Extras = _NOTHING,
 ) -> list[PoolingCandidate]:
-    name = "max" if counts is None else "average"
     batch, channels = problem.inputs[0].shape[:2]
     size, out_size = sizes
-    strip = _STRIP if out_size[0] > 1 else 1
-    windows = Windows(batch, channels, 1, size, out_size, kernel, stride, dilation, start, strip)
-    seconds = windows.cycles / CYCLES_PER_SECOND
-    return [PoolingCandidate(f"{name} pooling", problem, seconds, windows, counts, extras)]
+    name = "max" if counts is None else "average"
+    columns, rows = (math.ceil(wide / LANES) for wide in (size[1], out_size[1]))
+    row = columns * (kernel[0] + 2) + rows * (3 * kernel[1] + 4) + 10
+    seconds = batch * channels * (out_size[0] * row + 30) / CYCLES_PER_SECOND
+    return [
+        PoolingCandidate(
+            f"{name} pooling",
+            problem,
+            seconds,
+            batch * channels,
+            channels,
+            size,
+            out_size,
+            kernel,
+            stride,
+            dilation,
+            start,
+            counts,
+            extras,
+        )
+    ]
 
 
 def _image_sizes(x: Operand, y: Operand) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -168,6 +265,84 @@ def _counts(
     return tuple(
         max(sum(low <= start + reach * tap < high for tap in range(kernel)), 1) for start in starts
     )
+
+
+_BODY = """
+<prologue>
+nothing = broadcast(OUTSIDE, FLOAT32)
+all_lanes = mask_first(LANES, FLOAT32)
+c_row = 4 * out_width
+lines = scratch + thread * STRIP * line_bytes
+place = lines
+while place < lines + STRIP * line_bytes:
+    store(place, nothing)
+    place += 4 * LANES
+<share>
+while task < stop:
+    plane = task // bands
+    band = task - plane * bands
+    image = plane // channels
+    channel = plane - image * channels
+    origin = x + 4 * plane * height * width
+    row = band * strips // bands * STRIP
+    last_row = min((band + 1) * strips // bands * STRIP, out_height)
+    while row < last_row:
+        rows = min(last_row - row, STRIP)
+        line = 0
+        while line < rows:
+            # The rows of the image that are under the windows' columns.
+            first = (row + line) * stride_height - top
+            count = kernel_height
+            while count > 0 and first < 0:
+                first += dilation_height
+                count -= 1
+            while count > 0 and first + (count - 1) * dilation_height >= height:
+                count -= 1
+            source = origin + 4 * first * width
+            step = 4 * dilation_height * width
+            q = lines + line * line_bytes + 4 * left
+            column = 0
+            while column + TOGETHER * LANES <= width:
+                p = source + 4 * column
+                <begin all>
+                tap = 0
+                while tap < count:
+                    <combine all>
+                    p += step
+                    tap += 1
+                <store all>
+                q += 4 * TOGETHER * LANES
+                column += TOGETHER * LANES
+            while column < width:
+                p = source + 4 * column
+                inside = mask_first(width - column, FLOAT32)
+                s0 = nothing
+                tap = 0
+                while tap < count:
+                    <combine>
+                    p += step
+                    tap += 1
+                store(q, select(inside, s0, nothing))
+                q += 4 * LANES
+                column += LANES
+            line += 1
+        c = y + (plane * out_height + row) * c_row
+        line = 0
+        while line < rows:
+            column = 0
+            while column < out_width:
+                place = lines + line * line_bytes + 4 * column * stride_width
+                mask = mask_first(out_width - column, FLOAT32)
+                <along>
+                <finish>
+                store_masked(c + line * c_row + 4 * column, total, mask)
+                column += LANES
+            line += 1
+        columns = out_width
+        <epilogue>
+        row += STRIP
+    task += 1
+"""
 
 
 # -- adaptive pooling ----------------------------------------------------------------------------

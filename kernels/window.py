@@ -1,4 +1,4 @@
-"""Sliding windows over single planes, on which depthwise convolution and pooling are built.
+"""Sliding windows over single planes: depthwise convolutions of any strides and dilations.
 
 The rows that a block of output rows needs are copied into scratch memory with their padding, the
 columns sorted by their remainder modulo the stride. There every position of the window is one
@@ -8,7 +8,7 @@ unmasked load, at a distance that a table holds, for as many output rows at once
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,22 +109,12 @@ class Windows:
             table[tap] = row * self.dilation[0] * self.pitch + phase * self.phase_pitch + 4 * place
         return table
 
-    def step(
-        self,
-        name: str,
-        arguments: Mapping[str, Argument],
-        body: WindowBody,
-        extras: Extras,
-        parallel: bool,
-    ) -> Step:
-        """The step that computes all windows.
-
-        ``arguments`` are what ``body`` uses by name, with the input as ``x``.
-        """
+    def step(self, extras: Extras, parallel: bool) -> Step:
+        """The step that multiplies all windows of input 0 by the weights, input 1."""
         block = Arguments()
         blocks = math.ceil(self.out_size[0] / self.block_rows)
         values: dict[str, Argument] = {
-            "y": Output(0), "offsets": Packed(0), "scratch": Scratch(),
+            "x": Input(0), "weight": Input(1), "y": Output(0), "offsets": Packed(0), "scratch": Scratch(),
             "thread_scratch": self.scratch_bytes, "tasks": self.planes * blocks, "blocks": blocks,
             "block_rows": self.block_rows, "results": self.results, "taps": self.taps,
             "channels": self.channels * self.results,
@@ -134,35 +124,27 @@ class Windows:
             "top": self.start[0], "left": self.start[1],
             "pitch": self.pitch, "phase_pitch": self.phase_pitch,
         }  # fmt: skip
-        for key, argument in (
-            values | dict(arguments) | extras.arguments(self.out_size[1])
-        ).items():
-            block.add(key, argument)
+        block.add_all(values | extras.arguments(self.out_size[1]))
         epilogue = Epilogue(extras.expression, extras.operands, len(block.names))
         strip = range(self.strip)
         value = "load(place + {} * stride_height * pitch, FLOAT32)"
         parts = {
-            "prologue": [*epilogue.prologue(), f"outside = {body.outside}"],
+            "prologue": epilogue.prologue(),
             "share": SHARE,
-            "each result": body.each_result,
-            "begin": [f"sum{row} = broadcast(outside, FLOAT32)" for row in strip],
-            "each tap": body.each_tap,
-            "combine": [
-                f"sum{row} = {body.combine.format(value.format(row), f'sum{row}')}" for row in strip
-            ],
+            "begin": [f"sum{row} = broadcast(0.0, FLOAT32)" for row in strip],
+            "multiply": [f"sum{row} = fma({value.format(row)}, factor, sum{row})" for row in strip],
             "store": [
                 line
                 for row in strip
                 for line in (
                     f"if rows > {row}:",
-                    f"    result = {body.finish.format(f'sum{row}', f'row + {row}')}",
-                    f"    store_masked(c + {row} * c_row + 4 * column, result, mask)",
+                    f"    store_masked(c + {row} * c_row + 4 * column, sum{row}, mask)",
                 )
             ],
             "epilogue": [*extras.starts(), *epilogue.lines()],
         }
         text = kernel_text(block, fill(_BODY, parts, {"STRIP": self.strip}), VOCABULARY)
-        entry = source.build(f"{name}_{self.strip}", text)
+        entry = source.build(f"depthwise_window_{self.strip}", text)
         return Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks)
 
 
@@ -211,25 +193,6 @@ class Extras:
         ]
 
 
-@dataclass(frozen=True)
-class WindowBody:
-    """The kernel text that makes windows a convolution, a maximum or an average.
-
-    Attributes:
-        outside: the value around the image, and of an empty window.
-        each_result: lines before the rows of a result, number ``channel`` of its image.
-        each_tap: lines before position ``tap`` of the windows is combined.
-        combine: the vector at a position, {0}, and what it joins, {1}.
-        finish: the result of {0}, for output row {1} and the columns from ``column`` on.
-    """
-
-    outside: str
-    combine: str
-    finish: str = "{0}"
-    each_result: Sequence[str] = ()
-    each_tap: Sequence[str] = ()
-
-
 _BODY = """
 <prologue>
 c_row = 4 * out_width
@@ -243,13 +206,13 @@ while task < stop:
     origin = x + 4 * plane * height * width
     pad_rows(
         own_scratch, pitch, needed, phase_pitch, origin, height, width,
-        top - first_row * stride_height, left, stride_width, outside,
+        top - first_row * stride_height, left, stride_width, 0.0,
     )
     number = plane * results
     while number < (plane + 1) * results:
         image = number // channels
         channel = number - image * channels
-        <each result>
+        own_weight = weight + 4 * taps * channel
         row = first_row
         while row < last_row:
             rows = min(last_row - row, STRIP)
@@ -263,8 +226,8 @@ while task < stop:
                 tap = 0
                 while tap < taps:
                     place = corner + read(offsets + 8 * tap, INT64)
-                    <each tap>
-                    <combine>
+                    factor = broadcast(read(own_weight + 4 * tap, FLOAT32), FLOAT32)
+                    <multiply>
                     tap += 1
                 <store>
                 corner += 4 * LANES

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import Convolution, chain, check, check_overwriting, numbers
+from layers import Convolution, chain, check, check_overwriting, numbers, with_padded
 from support import execute
 from test_convolution import EPILOGUES
 
@@ -39,6 +39,22 @@ def test_any_size(
     size = data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
     x = (batch, groups * channels, *size)
     Convolution(x, groups * outputs, (1, 1), groups=groups).check()
+
+
+@pytest.mark.parametrize("places", [(0, -1), (0,), (-1,), (0, 3)])
+@pytest.mark.parametrize("size", [(9, 15), (1, 7 * LANES), (14, 14)])
+def test_padded_planes(places: tuple[int, ...], size: tuple[int, int]) -> None:
+    case = Convolution((2, 5, *size), 11, (1, 1))
+    x, weight, residual = numbers(case.x), numbers(case.weight, 1), numbers((2, 11, *size), 2)
+    epilogue = chain(("add", "e0"), ("add", "e1"), extras=2)
+    extras = [Operand.plain("float32", (11,)), Operand.plain("float32", residual.shape)]
+    problem = with_padded(case.problem(residual.shape, epilogue, extras), places)
+    bias = numbers((11,), 3)
+    added = bias.reshape(-1, 1, 1) + residual.astype(np.float64)
+    magnitude = case.convolve(np.abs(x), np.abs(weight)) + np.abs(bias).reshape(-1, 1, 1)
+    assert any(isinstance(one, DirectCandidate) for one in candidates(problem))
+    expected = case.convolve(x, weight) + added
+    check(problem, [x, weight, bias, residual], expected, magnitude + np.abs(residual))
 
 
 def test_a_residual_that_is_overwritten() -> None:
