@@ -421,9 +421,8 @@ def pad_rows(
     top: int,
     left: int,
     stride: int,
-    fill: float,
 ) -> None:
-    """``rows`` rows of an image with ``top`` rows and ``left`` columns of ``fill`` around it.
+    """``rows`` rows of an image with ``top`` rows and ``left`` columns of zeros around it.
 
     A row holds the columns 0, ``stride``, 2 ``stride``, ... first, ``phase_pitch`` bytes further
     those from 1 on, and so forth, so that windows ``stride`` apart are neighbours. ``top`` may be
@@ -431,7 +430,7 @@ def pad_rows(
     """
     first = min(max(top, 0), rows)
     last = max(min(top + height, rows), first)
-    outside = broadcast(fill, FLOAT32)
+    outside = broadcast(0.0, FLOAT32)
     for phase in range(stride):
         for column in range(0, phase_pitch // 4, LANES):
             start = column * stride + phase - left
@@ -443,20 +442,19 @@ def pad_rows(
             inside = mask_between(start, stride, width, FLOAT32)
             if stride == 1:
                 for _ in range(first, last):
-                    store(place, select(inside, load_masked(origin, FLOAT32, inside), outside))
+                    store(place, load_masked(origin, FLOAT32, inside))
                     origin += 4 * width
                     place += pitch
             elif stride == 2:
                 low = mask_between(start, 1, width, FLOAT32)
                 high = mask_between(start + LANES, 1, width, FLOAT32)
                 for _ in range(first, last):
-                    store(place, select(inside, load_even(origin, FLOAT32, low, high), outside))
+                    store(place, load_even(origin, FLOAT32, low, high))
                     origin += 4 * width
                     place += pitch
             else:
                 for _ in range(first, last):
-                    value = gather(origin, 4 * stride, FLOAT32, inside)
-                    store(place, select(inside, value, outside))
+                    store(place, gather(origin, 4 * stride, FLOAT32, inside))
                     origin += 4 * width
                     place += pitch
             for _ in range(last, rows):

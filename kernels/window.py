@@ -114,7 +114,8 @@ class Windows:
         block = Arguments()
         blocks = math.ceil(self.out_size[0] / self.block_rows)
         values: dict[str, Argument] = {
-            "x": Input(0), "weight": Input(1), "y": Output(0), "offsets": Packed(0), "scratch": Scratch(),
+            "x": Input(0), "weight": Input(1), "y": Output(0),
+            "offsets": Packed(0), "scratch": Scratch(),
             "thread_scratch": self.scratch_bytes, "tasks": self.planes * blocks, "blocks": blocks,
             "block_rows": self.block_rows, "results": self.results, "taps": self.taps,
             "channels": self.channels * self.results,
@@ -206,7 +207,7 @@ while task < stop:
     origin = x + 4 * plane * height * width
     pad_rows(
         own_scratch, pitch, needed, phase_pitch, origin, height, width,
-        top - first_row * stride_height, left, stride_width, 0.0,
+        top - first_row * stride_height, left, stride_width,
     )
     number = plane * results
     while number < (plane + 1) * results:
