@@ -21,7 +21,7 @@ import numpy as np
 from graphopt.kernels import source
 from graphopt.kernels.direct_convolution import DirectCandidate
 from graphopt.kernels.loops import Arguments, kernel_text
-from graphopt.kernels.operand import Layout, Operand
+from graphopt.kernels.operand import ConstantOperand, Layout, Operand
 from graphopt.kernels.problem import ConvolutionChainProblem, ConvolutionProblem
 from graphopt.kernels.register import LANES
 from graphopt.kernels.registry import (
@@ -41,6 +41,8 @@ from graphopt.kernels.tile import WORTH_SHARING, fill
 
 _BETWEEN = (2**19, 2**20)
 """Bytes between the convolutions of a band, at most, to try: what second caches hold."""
+_MOST_WORDS = 128
+"""Arguments of one kernel, at most."""
 _LINE = 64
 
 Rows = tuple[int, int]
@@ -204,10 +206,6 @@ def _calls(steps: Sequence[Step], head: int) -> list[Argument]:
     return [*places, *calls]
 
 
-_MOST_WORDS = 128
-"""Arguments of one kernel."""
-
-
 @register(ConvolutionChainProblem)
 def candidates(problem: ConvolutionChainProblem) -> list[Candidate]:
     """Bands of a few heights, for single images of two spatial dimensions."""
@@ -260,10 +258,10 @@ def _counts(convolutions: Sequence[ConvolutionProblem]) -> Iterator[int]:
         parts = _band(convolutions, count // 2, count)
         return sum(part.problem.outputs[0].bytes for part in parts[:-1])
 
+    # Equal bands: others wait for the highest, and kernels suit all of them alike.
     counts = [count for count in range(2, rows + 1) if rows % count == 0]
     for size in _BETWEEN:
-        fitting = (count for count in counts if count <= rows and between(count) <= size)
-        yield next(fitting, rows)
+        yield next((count for count in counts if between(count) <= size), rows)
 
 
 def _band(convolutions: Sequence[ConvolutionProblem], band: int, count: int) -> tuple[Part, ...]:
@@ -308,8 +306,11 @@ def _kernels(parts: Sequence[Part], in_place: bool) -> tuple[Candidate, ...]:
     known = {part.problem: candidates_of(part.problem) for part in parts}
     found = [[one for one in known[part.problem] if _stays_inside(one, part)] for part in parts]
     choices = found[len(parts) // 2]
-    in_place &= parts[0].problem.inputs[1].zeros is None
-    direct = [one for one in choices if isinstance(one, DirectCandidate)] if in_place else []
+    weight = parts[0].problem.inputs[1]
+    sparse = isinstance(weight, ConstantOperand) and weight.zeros is not None
+    direct = [one for one in choices if isinstance(one, DirectCandidate) and not sparse]
+    if not in_place:
+        direct = []
     for choice in (*direct, *choices):
         own = [_like(choice, others) for others in found]
         if None not in own:

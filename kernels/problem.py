@@ -199,7 +199,7 @@ class ConvolutionProblem(Problem):
 
 
 @dataclass(frozen=True)
-class Stage:
+class ChainStage:
     """A convolution of a `ConvolutionChainProblem`; the names are those of `ConvolutionProblem`.
 
     ``constants`` is the number of its inputs beside x: the weight and the further inputs of the
@@ -224,7 +224,7 @@ class ConvolutionChainProblem(Problem):
 
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[ChainStage, ...]
 
     @staticmethod
     def of(convolutions: Sequence[ConvolutionProblem]) -> ConvolutionChainProblem:
@@ -238,7 +238,7 @@ class ConvolutionChainProblem(Problem):
                     f"{one.outputs[0].shape} is followed by {following.inputs[0].shape}"
                 )
         stages = tuple(
-            Stage(
+            ChainStage(
                 len(one.inputs) - 1,
                 one.outputs[0],
                 one.stride,
