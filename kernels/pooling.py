@@ -132,6 +132,7 @@ class PoolingCandidate(Candidate):
         average = f"total / ({count} * load_masked(column_counts + 4 * column, FLOAT32, mask))"
         parts = {
             "prologue": epilogue.prologue(),
+            "nothing": [f"nothing = broadcast({'-math.inf' if is_maximum else '0.0'}, FLOAT32)"],
             "share": SHARE,
             "begin all": [f"s{vector} = nothing" for vector in vectors],
             "combine all": [
@@ -144,9 +145,7 @@ class PoolingCandidate(Candidate):
             "finish": [] if is_maximum else [f"total = {average}"],
             "epilogue": [*self.extras.starts(), *epilogue.lines()],
         }
-        outside = "-math.inf" if is_maximum else "0.0"
-        sizes = {"STRIP": _STRIP, "OUTSIDE": outside, "TOGETHER": _REGISTERS}
-        return fill(_BODY, parts, sizes)
+        return fill(_BODY, parts, {"STRIP": _STRIP, "TOGETHER": _REGISTERS})
 
     def _along(self, combine: Callable[[str, str], str]) -> list[str]:
         """Lines that combine what is under a vector of windows, from ``place`` in a line on."""
@@ -269,7 +268,7 @@ def _counts(
 
 _BODY = """
 <prologue>
-nothing = broadcast(OUTSIDE, FLOAT32)
+<nothing>
 all_lanes = mask_first(LANES, FLOAT32)
 c_row = 4 * out_width
 lines = scratch + thread * STRIP * line_bytes
