@@ -559,7 +559,7 @@ def test_profile_names_every_part_in_order() -> None:
         (lambda b: b.add_call_back(abs, ["y"], ["x"], label="f"), "'x' is an input"),
         (
             lambda b: b.add_kernel(add(6), ["y"], ["z"], label="add", estimate=1.0),
-            "Input\\(index=1\\), which its kernel was not given",
+            "Input\\(index=1, offset=0\\), which its kernel was not given",
         ),
         (
             lambda b: b.add_kernel(minus_maximum(6, 1)[0], ["y"], ["z"], label="m", estimate=1.0),

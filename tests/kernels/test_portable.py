@@ -26,7 +26,7 @@ SELECTION = [
     "test_normalization.py::test_operands_of_other_dtypes_and_strides",
     "test_convolution.py::test_shapes",
     "test_convolution.py::test_special_values_stay_where_they_belong",
-    "test_convolution_chain.py::test_blocks",
+    "test_convolution_chain.py::test_padded_planes",
     "test_depthwise.py::test_padded_planes",
     "test_depthwise.py::test_shapes",
     "test_direct_convolution.py::test_sizes",
