@@ -12,6 +12,7 @@ sub-programs of which every band has its own arguments.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -209,25 +210,32 @@ def _calls(steps: Sequence[Step], head: int) -> list[Argument]:
 @register(ConvolutionChainProblem)
 def candidates(problem: ConvolutionChainProblem) -> list[Candidate]:
     """Bands of a few heights, for single images of two spatial dimensions."""
+    return list(_candidates(problem))
+
+
+@functools.lru_cache(maxsize=64)
+def _candidates(problem: ConvolutionChainProblem) -> tuple[Candidate, ...]:
+    """`candidates`; layers of a network are often equal, and asked for more than once."""
     problem.check()
     convolutions = problem.convolutions
     if len(convolutions) < 2 or not all(map(_in_bands, convolutions)):
-        return []
+        return ()
     if problem.outputs[0].shape[2] < 2:
-        return []
+        return ()
     found: list[Candidate] = []
     for count in sorted(set(_counts(convolutions))):
         bands = tuple(_band(convolutions, number, count) for number in range(count))
+        offered = [_offered(parts) for parts in zip(*bands, strict=True)]
         tried = []
         for in_place in (False, True):
-            stages = tuple(_kernels(parts, in_place) for parts in zip(*bands, strict=True))
+            stages = tuple(_kernels(stage, in_place) for stage in offered)
             if not all(stages) or stages in tried:
                 continue
             tried.append(stages)
             seconds = sum(own.estimate for stage in stages for own in stage)
             name = f"chain of {len(stages)} in {count} bands" + ", in place" * in_place
             found.append(ChainCandidate(name, problem, seconds, bands, stages))
-    return found
+    return tuple(found)
 
 
 def _in_bands(convolution: ConvolutionProblem) -> bool:
@@ -300,22 +308,27 @@ def _cut(image: Operand, rows: Rows, between: int = 0) -> Operand:
     return Operand(shape, replace(image.layout, plane=image.strides[1]))
 
 
-def _kernels(parts: Sequence[Part], in_place: bool) -> tuple[Candidate, ...]:
+def _offered(parts: Sequence[Part]) -> list[list[Candidate]]:
+    """The kernels that may do a convolution in each band, by estimates."""
+    known = {problem: candidates_of(problem) for problem in {part.problem for part in parts}}
+    return [[one for one in known[part.problem] if _stays_inside(one, part)] for part in parts]
+
+
+def _kernels(offered: Sequence[Sequence[Candidate]], in_place: bool) -> tuple[Candidate, ...]:
     """What does a convolution in each band: the kernel that is fastest by estimates in the middle,
-    or if ``in_place`` one that reads the image where it lies. () where there is none."""
-    known = {part.problem: candidates_of(part.problem) for part in parts}
-    found = [[one for one in known[part.problem] if _stays_inside(one, part)] for part in parts]
-    choices = found[len(parts) // 2]
-    weight = parts[0].problem.inputs[1]
-    sparse = isinstance(weight, ConstantOperand) and weight.zeros is not None
-    direct = [one for one in choices if isinstance(one, DirectCandidate) and not sparse]
-    if not in_place:
-        direct = []
-    for choice in (*direct, *choices):
-        own = [_like(choice, others) for others in found]
+    or if ``in_place`` a dense one that reads the image where it lies. () where there is none."""
+    choices = offered[len(offered) // 2]
+    direct = [one for one in choices if isinstance(one, DirectCandidate) and _is_dense(one)]
+    for choice in (*(direct if in_place else ()), *choices):
+        own = [_like(choice, others) for others in offered]
         if None not in own:
             return tuple(one for one in own if one is not None)
     return ()
+
+
+def _is_dense(candidate: Candidate) -> bool:
+    weight = candidate.problem.inputs[1]
+    return isinstance(weight, ConstantOperand) and weight.zeros is None
 
 
 def _stays_inside(candidate: Candidate, part: Part) -> bool:

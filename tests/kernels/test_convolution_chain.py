@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,10 +107,21 @@ def inverted_residual(
     return Block((expand, depthwise, project), density, residual)
 
 
+@contextmanager
+def bands_of(size: int) -> Iterator[None]:
+    """Meanwhile bands have so many bytes between their convolutions, or are a row high."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution_chain, "_BETWEEN", (size,))
+        convolution_chain._candidates.cache_clear()
+        yield
+    convolution_chain._candidates.cache_clear()
+
+
 @pytest.fixture(params=[1, 2**14, 2**20], ids=["a row", "some rows", "many rows"])
-def _bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _bytes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Bands of several heights."""
-    monkeypatch.setattr(convolution_chain, "_BETWEEN", (request.param,))
+    with bands_of(request.param):
+        yield
 
 
 BLOCKS = {
@@ -177,8 +189,7 @@ def test_any_block(data: st.DataObject) -> None:
         data.draw(st.sampled_from((1.0, 0.2))),
         data.draw(st.booleans()),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution_chain, "_BETWEEN", (data.draw(st.sampled_from((1, 2**14))),))
+    with bands_of(data.draw(st.sampled_from((1, 2**14)))):
         problems, inputs = block.problems()
         problem = ConvolutionChainProblem.of(problems)
         found = chain_candidates(problem)
