@@ -268,17 +268,14 @@ class _Writer:
         parts = [part for chain in found for part in (chain.work, *chain.parts)]
         contenders = iter(self.contenders(parts))
         for chain in found:
-            whole, *single = (
-                self._seconds(part, next(contenders)) for part in (chain.work, *chain.parts)
-            )
-            if whole < CLEARLY_FASTER * sum(single):
+            own = (chain.work, *chain.parts)
+            arrays = [[_array(value) for value in part.inputs] for part in own]
+            chosen = [
+                selecting.decide(next(contenders), constants, self.threads) for constants in arrays
+            ]
+            if selecting.ratio(chosen, arrays, self.threads) < CLEARLY_FASTER:
                 works = with_chain(works, chain)
         return works
-
-    def _seconds(self, work: KernelWork, contenders: Sequence[Candidate]) -> float:
-        """Measured seconds of the fastest of the contenders."""
-        arrays = [_array(value) for value in work.inputs]
-        return min(selecting.measured(contenders, arrays, self.threads))
 
     def declare(self, work: Work, value: Value, kind: TensorType) -> None:
         if isinstance(work, AliasWork):

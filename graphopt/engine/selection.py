@@ -111,19 +111,35 @@ def decide(
     """
     if len(timed) == 1:
         return timed[0]
-    times = measured(timed, constants, threads)
-    return timed[times.index(min(times))]
-
-
-def measured(
-    timed: Sequence[Candidate], constants: Sequence[np.ndarray | None], threads: int
-) -> list[float]:
-    """Seconds of each contender, measured now and remembered unless they are known."""
     times = _known_times(timed, threads)
     if times is None:
         times = measure(timed, constants, threads)
         remember(dict(zip((_key(one, threads) for one in timed), times, strict=True)))
-    return times
+    return timed[times.index(min(times))]
+
+
+def ratio(
+    kernels: Sequence[Candidate], constants: Sequence[Sequence[np.ndarray | None]], threads: int
+) -> float:
+    """The time of the first kernel over that of all others together, which do its parts.
+
+    They are measured in turn and the ratio is remembered: times of other minutes may be those of
+    a faster or slower machine.
+
+    Args:
+        kernels: the whole, then its parts.
+        constants: of each kernel, the array of each input that is constant, None for the others.
+        threads: size of the team.
+    """
+    text = "\0".join(_key(one, threads) for one in kernels)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    known = remembered([key])
+    if known is not None:
+        return known[0]
+    sets = [_sets(one.problem, own) for one, own in zip(kernels, constants, strict=True)]
+    whole, *parts = _measure(kernels, constants, sets, threads)
+    remember({key: whole / sum(parts)})
+    return whole / sum(parts)
 
 
 def _known_times(timed: Sequence[Candidate], threads: int) -> list[float] | None:
@@ -142,11 +158,21 @@ def measure(
     not in the nearest caches, and what it takes to bring the packed constants from memory counts
     as well, though most of the shorter time passes meanwhile.
     """
-    packed = [candidate.pack(constants) for candidate in timed]
     sets = _sets(timed[0].problem, constants)
+    return _measure(timed, [constants] * len(timed), [sets] * len(timed), threads)
+
+
+def _measure(
+    kernels: Sequence[Candidate],
+    constants: Sequence[Sequence[np.ndarray | None]],
+    sets: Sequence[list[list[torch.Tensor]]],
+    threads: int,
+) -> list[float]:
+    """Seconds of each kernel, with its own constants and sets of inputs."""
+    packed = [one.pack(own) for one, own in zip(kernels, constants, strict=True)]
     programs = [
-        (single_kernel(candidate, constants, threads, arrays), sets)
-        for candidate, arrays in zip(timed, packed, strict=True)
+        (single_kernel(one, own, threads, arrays), inputs)
+        for one, own, arrays, inputs in zip(kernels, constants, packed, sets, strict=True)
     ]
     fetching = [sum(array.nbytes for array in arrays) / MEMORY_SPEED for arrays in packed]
     return [

@@ -157,6 +157,23 @@ def test_of_kernels_that_wait_for_memory_the_faster_one(monkeypatch: pytest.Monk
     assert times.index(min(times)) == 1
 
 
+def test_a_whole_and_its_parts_are_measured_in_turn_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known(monkeypatch, {})
+    monkeypatch.setattr(selection, "MEMORY_SPEED", 1e30)
+    monkeypatch.setattr(selection, "least_times", lambda _: [3.0, 1.0, 4.0])
+    (one, *_) = candidates(PROBLEM)
+    constants = [[None, WEIGHT]] * 3
+    assert selection.ratio([one] * 3, constants, 1) == pytest.approx(3 / 5)
+    monkeypatch.setattr(selection, "least_times", None)
+    assert selection.ratio([one] * 3, constants, 1) == pytest.approx(3 / 5)
+    # Other parts, or another team, are another matter.
+    for others, threads in ((2, 1), (3, 2)):
+        with pytest.raises(TypeError):
+            selection.ratio([one] * others, constants[:others], threads)
+
+
 @pytest.mark.parametrize(("value", "measured"), [("measure", True), ("estimate", False)])
 def test_the_environment_may_say(
     monkeypatch: pytest.MonkeyPatch, value: str, measured: bool
