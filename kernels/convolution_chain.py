@@ -22,6 +22,7 @@ import numpy as np
 from graphopt.kernels import source
 from graphopt.kernels.direct_convolution import DirectCandidate
 from graphopt.kernels.loops import Arguments, kernel_text
+from graphopt.kernels.memory import LINE
 from graphopt.kernels.operand import ConstantOperand, Layout, Operand
 from graphopt.kernels.problem import ConvolutionChainProblem, ConvolutionProblem
 from graphopt.kernels.register import LANES
@@ -44,7 +45,6 @@ _BETWEEN = (2**19, 2**20)
 """Bytes between the convolutions of a band, at most, to try: what second caches hold."""
 _MOST_WORDS = 128
 """Arguments of one kernel, at most."""
-_LINE = 64
 
 Rows = tuple[int, int]
 """The first row and the one behind the last."""
@@ -133,30 +133,29 @@ class ChainCandidate(Candidate):
         """The calls of all kernels, band by band."""
         stages, packed = [], 0
         for number, stage in enumerate(self.stages):
-            apart, steps = _packing_apart(stage), []
-            firsts, used = {}, packed
-            for choice in apart:
-                (step,) = choice.build(1)
-                firsts[choice.packing()] = used
-                numbers = [one.index for one in step.arguments if isinstance(one, Packed)]
-                used += max(numbers, default=-1) + 1
+            # Most bands have the same kernel.
+            built = {choice: choice.build(1) for choice in dict.fromkeys(stage)}
+            firsts = {}
+            for choice in _packing_apart(stage):
+                firsts[choice.packing()] = packed
+                packed += _arrays(*built[choice])
+            steps = []
             for band, choice in zip(self.bands, stage, strict=True):
-                (step,) = choice.build(1)
+                (step,) = built[choice]
                 first = firsts[choice.packing()]
                 words = tuple(
-                    Packed(first + one.index)
-                    if isinstance(one, Packed)
-                    else self._argument(one, number, band[number])
-                    for one in step.arguments
+                    self._argument(one, number, band[number], first) for one in step.arguments
                 )
                 assert len(words) <= _MOST_WORDS, f"{choice.kernel} has {len(words)} arguments"
                 steps.append(replace(step, arguments=words))
-            packed = used
             stages.append(steps)
         return [step for band in zip(*stages, strict=True) for step in band]
 
-    def _argument(self, argument: Argument, number: int, part: Part) -> Argument:
-        """What an argument of a convolution's kernel is to the whole."""
+    def _argument(self, argument: Argument, number: int, part: Part, packed: int) -> Argument:
+        """What an argument of a convolution's kernel is to the whole, whose arrays have those of
+        the kernel from number ``packed`` on."""
+        if isinstance(argument, Packed):
+            return Packed(packed + argument.index)
         if isinstance(argument, Scratch):
             return Scratch(self._place(len(self.stages) - 1) + argument.offset)
         if isinstance(argument, Output):
@@ -176,7 +175,13 @@ class ChainCandidate(Candidate):
 
 
 def _whole_lines(size: int) -> int:
-    return math.ceil(size / _LINE) * _LINE
+    return math.ceil(size / LINE) * LINE
+
+
+def _arrays(step: Step) -> int:
+    """How many arrays of packed constants a kernel reads."""
+    numbers = [one.index for one in step.arguments if isinstance(one, Packed)]
+    return max(numbers, default=-1) + 1
 
 
 def _row_bytes(operand: Operand) -> int:

@@ -29,15 +29,13 @@ from graphopt.kernels.tile import (
     Epilogue,
     fill,
 )
-from graphopt.kernels.window import Extras, Windows
+from graphopt.kernels.window import Extras, Windows, bands_of
 
 _STRIPS = (1, 4, 7)
 """Output rows made at once; the images of most networks are a multiple of 7 high."""
 _WINDOW_STRIPS = (4, 8)
 _MOST_TAPS = 49
 """Positions of a kernel for which code is written out."""
-_TASKS = 32
-"""Tasks that are enough to be shared evenly: fewer planes are cut into bands of rows."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class StripCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         image, block = self.image, Arguments()
         extras = Extras.of(self.problem.epilogue, self.problem.inputs, image.extras, first=2)
-        bands = min(self._strips, math.ceil(_TASKS / self._planes))
+        bands = bands_of(self._planes, self._strips)
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Input(1), "y": Output(0),
             "height": image.size[0], "width": image.size[1],

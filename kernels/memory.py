@@ -170,14 +170,15 @@ def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
     return types.void(types.int64, value, mask), generate
 
 
-def fetch_ahead(builder: ir.IRBuilder, address: ir.Value, once: bool = False) -> None:
-    """Bring the line at ``address``, which need not exist, into the caches.
+LINE = 64
+"""Bytes of a cache line."""
 
-    ``once`` says that it will be read only once for long, and should not drive out other lines.
-    """
+
+def fetch_ahead(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Bring the line at ``address``, which need not exist, into the caches."""
     pointer = _pointer(builder, address, ir.IntType(8))
-    locality = 0 if once else 3
-    flags = [ir.Constant(ir.IntType(32), number) for number in (0, locality, 1)]
+    # To read, into all caches, of data.
+    flags = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 
@@ -206,10 +207,7 @@ def call_kernel(typing: Any, address: Any, arguments: Any) -> Any:
         for place, (member, kind) in enumerate(zip(members, kinds, strict=True)):
             number = context.cast(builder, member, kind, types.int64)
             builder.store(number, cgutils.gep_inbounds(builder, block, 0, place))
-        function = ir.FunctionType(ir.VoidType(), [word.as_pointer(), word, word, word])
-        nothing = [int64_constant(0)] * 3
-        first = cgutils.gep_inbounds(builder, block, 0, 0)
-        builder.call(builder.inttoptr(values[0], function.as_pointer()), [first, *nothing])
+        _call(builder, values[0], cgutils.gep_inbounds(builder, block, 0, 0), end=0)
         return context.get_dummy_value()
 
     return types.void(types.int64, arguments), generate
@@ -220,18 +218,22 @@ def call_step(typing: Any, address: Any, block: Any) -> Any:
     """Let the kernel at ``address`` do all its work with the arguments at ``block``."""
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        word = ir.IntType(64)
-        function = ir.FunctionType(ir.VoidType(), [word.as_pointer(), word, word, word])
-        kernel, block = (
+        kernel, first = (
             context.cast(builder, value, kind, types.int64)
             for value, kind in zip(values, sig.args, strict=True)
         )
-        first = builder.inttoptr(block, word.as_pointer())
-        share = [int64_constant(number) for number in (0, 0, WHOLE)]
-        builder.call(builder.inttoptr(kernel, function.as_pointer()), [first, *share])
+        _call(builder, kernel, _pointer(builder, first, ir.IntType(64)), end=WHOLE)
         return context.get_dummy_value()
 
     return types.void(address, block), generate
+
+
+def _call(builder: ir.IRBuilder, kernel: ir.Value, arguments: ir.Value, end: int) -> None:
+    """Call the kernel at an address, as thread 0, with the share up to ``end``."""
+    word = ir.IntType(64)
+    function = ir.FunctionType(ir.VoidType(), [word.as_pointer(), word, word, word])
+    share = [int64_constant(number) for number in (0, 0, end)]
+    builder.call(_pointer(builder, kernel, function), [arguments, *share])
 
 
 def lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:

@@ -27,11 +27,11 @@ import numpy as np
 
 from graphopt.kernels import tile
 from graphopt.kernels.loops import indent
+from graphopt.kernels.memory import LINE
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.stream import (
     FOUR,
-    LINE,
     MOST_STEPS,
     VECTOR_BYTES,
     four_bytes,

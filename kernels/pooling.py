@@ -39,12 +39,10 @@ from graphopt.kernels.tile import (
     fill,
     image_strides,
 )
-from graphopt.kernels.window import Extras
+from graphopt.kernels.window import Extras, bands_of
 
 _STRIP = 4
 """Output rows made at once: what is stored for one is in the cache until it is read."""
-_TASKS = 32
-"""Tasks that are enough to be shared evenly: fewer planes are cut into bands of rows."""
 _REGISTERS = 4
 """Vectors of a line that are combined at once."""
 
@@ -73,7 +71,7 @@ class PoolingCandidate(Candidate):
     extras: Extras
 
     @property
-    def line_bytes(self) -> int:
+    def _line_bytes(self) -> int:
         """Memory of a line: what vectors of outputs read, and what vectors of the image write."""
         vectors = math.ceil(self.out_size[1] / LANES)
         # A vector of windows reads whole vectors, as many as its stride.
@@ -91,16 +89,16 @@ class PoolingCandidate(Candidate):
         return packed
 
     def scratch_bytes(self, threads: int) -> int:
-        return threads * _STRIP * self.line_bytes
+        return threads * _STRIP * self._line_bytes
 
     def build(self, threads: int) -> tuple[Step, ...]:
         if self.problem.outputs[0].size == 0:
             return ()
         block = Arguments()
         strips = math.ceil(self.out_size[0] / _STRIP)
-        bands = min(strips, math.ceil(_TASKS / self.planes))
+        bands = bands_of(self.planes, strips)
         values: dict[str, Argument] = {
-            "x": Input(0), "y": Output(0), "scratch": Scratch(), "line_bytes": self.line_bytes,
+            "x": Input(0), "y": Output(0), "scratch": Scratch(), "line_bytes": self._line_bytes,
             "channels": self.channels, "tasks": self.planes * bands, "bands": bands,
             "strips": strips, "height": self.size[0], "width": self.size[1],
             "out_height": self.out_size[0], "out_width": self.out_size[1],

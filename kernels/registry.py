@@ -23,6 +23,7 @@ How to write a family, in one file:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -183,6 +184,11 @@ def candidates(problem: Problem) -> list[Candidate]:
     """
     found = [choice for family in _families.get(type(problem), ()) for choice in family(problem)]
     return sorted(found, key=lambda choice: choice.estimate)
+
+
+def least_estimate(problem: Problem) -> float:
+    """Seconds that the family expects which expects to be fastest; infinity if none can do it."""
+    return min((choice.estimate for choice in candidates(problem)), default=math.inf)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

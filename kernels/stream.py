@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from graphopt.kernels.memory import VectorMemory, fetch_ahead, int64_constant
+from graphopt.kernels.memory import LINE, VectorMemory, fetch_ahead, int64_constant
 from graphopt.kernels.register import FEATURES, FLOAT32, LANES, Register, Vector
 
 VECTOR_BYTES = 4 * LANES
@@ -25,8 +25,6 @@ MOST_STEPS = 2**16
 """Steps of a panel: in fours, the numbers of columns have 16 bits."""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
-LINE = 64
-"""Bytes of a cache line."""
 
 _INT64 = ir.IntType(64)
 

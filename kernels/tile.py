@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from graphopt.kernels.emission import emit, unsupported
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import broadcast_strides, indent
-from graphopt.kernels.memory import VectorMemory, fetch_ahead, first_lanes, int64_constant
+from graphopt.kernels.memory import LINE, VectorMemory, fetch_ahead, first_lanes, int64_constant
 from graphopt.kernels.operand import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector
 
@@ -40,7 +40,6 @@ _AHEAD = 8192
 """Bytes of a constant that are fetched in advance: its order in memory crosses pages too often for
 the CPU to do so, and weights come from the main memory once per inference.
 """
-_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class _Tile:
                 for column in range(self.width)
             ]
             if once:
-                for line in range(0, self.width * memory.bytes, _LINE):
+                for line in range(0, self.width * memory.bytes, LINE):
                     fetch_ahead(builder, builder.add(step, int64_constant(_AHEAD + line)))
             offset = builder.mul(loop.index, given["a_step"])
             if padded:
@@ -411,10 +410,8 @@ def multiply_lines(
 ) -> list[str]:
     """Lines that call `multiply_tile` with as many vectors as ``filled`` says, at most all.
 
-    ``padded`` and ``once`` are its own.
-
-    ``column`` is an address, not 0 where there is one column more; only a tile that
-    `takes_column` has it.
+    ``padded`` and ``once`` are those of `multiply_tile`. ``column`` is an address, not 0 where
+    there is one column more; only a tile that `takes_column` has it.
     """
 
     def call(width: int, column: str) -> list[str]:

@@ -33,6 +33,15 @@ _BLOCK_BYTES = 2**17
 """Padded rows that a task keeps at a time."""
 
 
+_TASKS = 32
+"""Tasks that are enough to be shared evenly: fewer planes are cut into bands of rows."""
+
+
+def bands_of(planes: int, strips: int) -> int:
+    """Into how many bands each of so many planes is cut, whose rows come in ``strips``."""
+    return min(strips, math.ceil(_TASKS / planes))
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows over ``batch`` images of ``channels`` planes of ``size``, by (vertical, horizontal).

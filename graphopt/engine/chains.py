@@ -9,7 +9,6 @@ were not: the rows between two bands, computed twice, cost more than the memory 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TypeGuard
 
 from graphopt.engine.work import KernelWork, Work
 from graphopt.kernels.problem import ConvolutionChainProblem, ConvolutionProblem, Problem
-from graphopt.kernels.registry import candidates
+from graphopt.kernels.registry import least_estimate
 
 _WORTH_TRYING = 1.5
 """By how much, at most, the estimates of a chain may exceed those of its parts: these know nothing
@@ -96,13 +95,8 @@ def _is_private(work: KernelWork, users: Mapping[object, Sequence[Work]]) -> boo
 
 
 def _is_worth_trying(parts: Sequence[KernelWork]) -> bool:
-    whole = _least(_joined(parts).problem)
-    return whole < _WORTH_TRYING * sum(_least(part.problem) for part in parts)
-
-
-def _least(problem: Problem) -> float:
-    """Seconds of the kernel that expects to be fastest."""
-    return min((one.estimate for one in candidates(problem)), default=math.inf)
+    whole = least_estimate(_joined(parts).problem)
+    return whole < _WORTH_TRYING * sum(least_estimate(part.problem) for part in parts)
 
 
 def _joined(parts: Sequence[KernelWork]) -> KernelWork:

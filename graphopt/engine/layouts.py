@@ -8,7 +8,6 @@ to be faster so.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +15,8 @@ from dataclasses import replace
 from graphopt.engine.work import Derived, KernelWork, Work
 from graphopt.ir import Value
 from graphopt.kernels.operand import Operand
-from graphopt.kernels.problem import ConvolutionProblem, Problem
-from graphopt.kernels.registry import candidates
+from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.registry import least_estimate
 
 
 def with_padded_planes(works: Sequence[Work]) -> list[Work]:
@@ -48,7 +47,7 @@ def _pad(value: Value, users: Sequence[int], works: list[Work]) -> None:
         if padded is None:
             return
         changed.append(padded)
-        saved += _seconds(work.problem) - _seconds(padded.problem)
+        saved += least_estimate(work.problem) - least_estimate(padded.problem)
     shapes = {operand.shape for work in changed for operand, one in _operands(work) if one is value}
     if saved > 0 and len(shapes) == 1:
         for number, padded in zip(users, changed, strict=True):
@@ -76,8 +75,3 @@ def _padded(work: KernelWork, value: Value) -> KernelWork | None:
     inputs, outputs = operands[: len(work.inputs)], operands[len(work.inputs) :]
     problem = replace(problem, inputs=tuple(inputs), outputs=tuple(outputs))
     return replace(work, problem=problem)
-
-
-def _seconds(problem: Problem) -> float:
-    """What the family that expects to be fastest expects; for ever if none solves the problem."""
-    return min((one.estimate for one in candidates(problem)), default=math.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from graphopt.engine.independence import batch_of
 from graphopt.engine.program import Program, TensorSpec, check_count, check_input
+from graphopt.engine.selection import key_of
 from graphopt.ir import Graph
 from graphopt.ir import sizes as free_sizes
 
@@ -45,9 +45,8 @@ def part_keys(
         for value in graph.constants
         if value.constant is not None
     ]
-    text = repr((str(graph), nonzeros, dict(sizes), threads))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return [digest, *(f"{digest}/{size}" for size in parts)]
+    key = key_of(repr((str(graph), nonzeros, dict(sizes), threads)))
+    return [key, *(f"{key}/{size}" for size in parts)]
 
 
 class PartsProgram:

@@ -238,6 +238,7 @@ class _Writer:
         self.known = like.packed if like is not None else {}
         before = like.steps if like is not None else ()
         self.chosen_before = {step.nodes: step.kernel for step in before}
+        self.decided: dict[tuple[Node, ...], Candidate] = {}
 
     def contenders(self, works: Sequence[Work]) -> list[list[Candidate]]:
         """For each work the candidates that may solve its problem, none where no kernel has to.
@@ -249,7 +250,9 @@ class _Writer:
         with source.collecting() as wanted:
             for work in works:
                 contenders.append([])
-                if isinstance(work, KernelWork) and any(o.size for o in work.problem.outputs):
+                if isinstance(work, KernelWork) and work.nodes in self.decided:
+                    contenders[-1] = [self.decided[work.nodes]]
+                elif isinstance(work, KernelWork) and any(o.size for o in work.problem.outputs):
                     prefer = self.chosen_before.get(work.nodes)
                     contenders[-1] = selecting.contenders(
                         work.problem, self.threads, self.selection, prefer
@@ -273,6 +276,7 @@ class _Writer:
             chosen = [
                 selecting.decide(next(contenders), constants, self.threads) for constants in arrays
             ]
+            self.decided.update(zip((part.nodes for part in own), chosen, strict=True))
             if selecting.ratio(chosen, arrays, self.threads) < CLEARLY_FASTER:
                 works = with_chain(works, chain)
         return works

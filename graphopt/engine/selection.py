@@ -131,8 +131,7 @@ def ratio(
         constants: of each kernel, the array of each input that is constant, None for the others.
         threads: size of the team.
     """
-    text = "\0".join(_key(one, threads) for one in kernels)
-    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    key = key_of("\0".join(_key(one, threads) for one in kernels))
     known = remembered([key])
     if known is not None:
         return known[0]
@@ -287,7 +286,11 @@ _unsaved: dict[str, float] = {}
 
 
 def _key(candidate: Candidate, threads: int) -> str:
-    text = "\0".join((candidate.kernel, _typical(candidate.problem).key(), str(threads)))
+    return key_of("\0".join((candidate.kernel, _typical(candidate.problem).key(), str(threads))))
+
+
+def key_of(text: str) -> str:
+    """A key of the table that stands for a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -134,13 +134,14 @@ class Convolution:
             epilogue,
         )
 
-    def check(self, weight: np.ndarray | None = None) -> None:
-        """Check all candidates, with random weights unless others are given."""
+    def check(self, weight: np.ndarray | None = None, places: Sequence[int] = ()) -> None:
+        """Check all candidates, with random weights unless others are given, and padded planes at
+        ``places`` (`with_padded`)."""
         x = numbers(self.x)
         weight = numbers(self.weight, 1) if weight is None else weight
         expected = self.convolve(x, weight)
         magnitude = self.convolve(np.abs(x), np.abs(weight))
-        problem = self.problem(expected.shape, zeros=zero_pattern(weight))
+        problem = with_padded(self.problem(expected.shape, zeros=zero_pattern(weight)), places)
         check(problem, [x, weight], expected, magnitude)
 
 
