@@ -80,9 +80,11 @@ class ChainCandidate(Candidate):
                 packed += choice.pack(own)
         return packed
 
-    def packing(self) -> tuple[object, ...] | None:
-        found = [[one.packing() for one in _packing_apart(stage)] for stage in self.stages]
-        return None if any(None in stage for stage in found) else tuple(map(tuple, found))
+    def packing(self) -> tuple[object, ...]:
+        # Kernels of two families may describe what they pack alike.
+        return tuple(
+            (type(one), one.packing()) for stage in self.stages for one in _packing_apart(stage)
+        )
 
     def _first_constant(self, number: int) -> int:
         """Which input is the weight of a convolution."""

@@ -14,11 +14,14 @@ from layers import Convolution, chain, check, constant, numbers, pruned, with_pa
 from support import execute
 
 from graphopt.kernels import convolution_chain
+from graphopt.kernels.convolution import ConvolutionCandidate
 from graphopt.kernels.convolution_chain import ChainCandidate
+from graphopt.kernels.direct_convolution import DirectCandidate
 from graphopt.kernels.operand import Operand
 from graphopt.kernels.problem import ConvolutionChainProblem, ConvolutionProblem
 from graphopt.kernels.registry import candidates
 from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import TILES
 from graphopt.kernels.zeros import zero_pattern
 
 
@@ -239,6 +242,24 @@ def test_the_same_for_every_team() -> None:
         for threads in (2, 3, 5):
             (result,) = execute(one, inputs, threads)
             np.testing.assert_array_equal(result, alone)
+
+
+def test_kernels_of_other_families_pack_otherwise() -> None:
+    # Each describes what it packs by its tile.
+    problems, _ = inverted_residual((24, 96, 24), (14, 4 * LANES)).problems()
+    first = chain_candidates(ConvolutionChainProblem.of(problems))[0]
+    packings = set()
+    for kind in (ConvolutionCandidate, DirectCandidate):
+        expand = [
+            next(
+                one
+                for one in candidates(band[0].problem)
+                if isinstance(one, kind) and one.tile == TILES[0]
+            )
+            for band in first.bands
+        ]
+        packings.add(replace(first, stages=(tuple(expand), *first.stages[1:])).packing())
+    assert len(packings) == 2
 
 
 def test_bands_have_all_rows_once_and_what_these_need() -> None:
