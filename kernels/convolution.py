@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graphopt.kernels import matmul, panel, source
+from graphopt.kernels.caches import SECOND_CACHE
 from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.operand import ConstantOperand, Layout, Operand
 from graphopt.kernels.problem import ConvolutionProblem, MatmulProblem
@@ -52,7 +53,7 @@ from graphopt.kernels.tile import (
     multiply_lines,
 )
 
-_PANEL_BYTES = 2**18
+_PANEL_BYTES = SECOND_CACHE // 4
 """Bytes of panels that are kept while the output channels pass by."""
 _PACK_CYCLES = 1.5
 """Cycles to copy one piece of a vector of a panel."""

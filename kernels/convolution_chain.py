@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graphopt.kernels import source
+from graphopt.kernels.caches import SECOND_CACHE
 from graphopt.kernels.direct_convolution import DirectCandidate
 from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.memory import LINE
@@ -41,8 +42,8 @@ from graphopt.kernels.shares import panel_shares, share_lines
 from graphopt.kernels.sparse_convolution import SparseConvolutionCandidate
 from graphopt.kernels.tile import WORTH_SHARING, fill
 
-_BETWEEN = (2**19, 2**20)
-"""Bytes between the convolutions of a band, at most, to try: what second caches hold."""
+_BETWEEN = (SECOND_CACHE // 4, SECOND_CACHE // 2, SECOND_CACHE)
+"""Bytes between the convolutions of a band, at most, to try."""
 _MOST_WORDS = 128
 """Arguments of one kernel, at most."""
 

@@ -111,7 +111,7 @@ while task < stop:
         mask = mask_first(depth - column, FLOAT32)
         t = load_masked(origin + 4 * column, FLOAT32, mask) / scale
         bits = rounded_bits(at_most(at_least(t, -127.0), 127.0))
-        store_masked(target + column, convert(bits + OFFSET, UINT8), mask)
+        store_first(target + column, convert(bits + OFFSET, UINT8), mask)
         column += LANES
     task += 1
 """

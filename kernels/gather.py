@@ -93,6 +93,6 @@ while task < stop and rows > 0:
         i += LANES
     if i < row_size:
         mask = mask_first(row_size - i, KIND)
-        store_masked(target + WIDTH * i, load_masked(origin + WIDTH * i, KIND, mask), mask)
+        store_first(target + WIDTH * i, load_masked(origin + WIDTH * i, KIND, mask), mask)
     task += 1
 """

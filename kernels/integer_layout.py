@@ -107,7 +107,7 @@ def _quantize_lines(byte: int) -> list[str]:
 def _dequantize_lines(byte: int) -> list[str]:
     lines = [
         f"value = (convert(unsigned_byte(word, {byte}), FLOAT32) - zero) * scale",
-        f"store_masked(origin + {byte} * row + 4 * start, value, mask)",
+        f"store_first(origin + {byte} * row + 4 * start, value, mask)",
     ]
     return [f"if present > {byte}:", *indent(1, lines)] if byte else lines
 
@@ -134,7 +134,7 @@ while task < stop:
     while start < pixels:
         mask = mask_first(pixels - start, FLOAT32)
         <word>
-        store_masked(target + 4 * start, word, mask)
+        store_first(target + 4 * start, word, mask)
         start += LANES
     task += 1
 """
@@ -264,7 +264,7 @@ while task < stop:
     target = y + image * y_image + start + place
     mask = mask_first((size - place) // 4, INT32)
     <word>
-    store_masked(target, word, mask)
+    store_first(target, word, mask)
     task += 1
 """
 

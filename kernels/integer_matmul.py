@@ -202,7 +202,7 @@ def _tile_lines(height: int, finish: str) -> list[str]:
             if finish == "bytes":
                 end.append("bits = rounded_bits(at_most(at_least(t, low), high)) + zero_point")
                 end.append("t = convert(bits, UINT8)")
-            end.append(f"store_masked({target}, t, mask)")
+            end.append(f"store_first({target}, t, mask)")
     parts = {
         "begin": begin,
         "products": products("read(place + {} * depth, INT32)"),

@@ -190,7 +190,7 @@ while task < stop:
             <begin>
             <taps>
             <end>
-            store_masked(c, word, mask)
+            store_first(c, word, mask)
             c += 4 * LANES
             corner += 4 * LANES
             column += LANES
@@ -415,6 +415,6 @@ while task < stop:
         pixel += LANES
     <total>
     <word>
-    store_masked(y + 4 * task, word, mask_first(1, INT32))
+    store_first(y + 4 * task, word, mask_first(1, INT32))
     task += 1
 """

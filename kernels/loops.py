@@ -169,5 +169,6 @@ def kernel_text(
 ) -> str:
     """A kernel's module; ``vocabulary`` lists the modules here whose names it uses."""
     imports = [f"from graphopt.kernels.{module} import *" for module in vocabulary]
-    lines = ["def kernel(arguments, thread, begin, end):", *indent(1, arguments.read())]
-    return "\n".join(["import math", "", *imports, "", "", *lines, *indent(1, body)]) + "\n"
+    body = ["align_stack()", *arguments.read(), *body]
+    kernel = ["def kernel(arguments, thread, begin, end):", *indent(1, body)]
+    return "\n".join(["import math", "", *imports, "", "", *kernel]) + "\n"

@@ -10,7 +10,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from graphopt.kernels.register import Register, Vector, call, scalar_bits, splat
+from graphopt.kernels.register import (
+    LANES,
+    MASK_REGISTERS,
+    Register,
+    Vector,
+    call,
+    scalar_bits,
+    splat,
+)
 from graphopt.kernels.registry import WHOLE
 
 
@@ -88,6 +96,45 @@ class VectorMemory:
         stored = _to_memory(self.builder, self.vector, value.value)
         arguments = [stored, self._pointer(address), _alignment(self.vector), mask]
         call(self.builder, self._name("store"), ir.VoidType(), arguments)
+
+    def store_first(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
+        """`store_masked` of the first lanes: no lane is in the mask behind one that is not.
+
+        CPUs without registers for masks are slow to store with one, AMD's need 20 cycles. There the
+        vector is stored whole, if it is, else its halves, quarters and so forth.
+        """
+        if MASK_REGISTERS:
+            self.store_masked(address, value, mask)
+            return
+        builder, lanes = self.builder, self.vector.lanes
+        bits = builder.bitcast(mask, ir.IntType(lanes))
+        whole = builder.icmp_unsigned("==", bits, ir.Constant(bits.type, -1))
+        with builder.if_else(whole, likely=True) as (all_of_it, parts):
+            with all_of_it:
+                self.store(address, value)
+            with parts:
+                stored = _to_memory(builder, self.vector, value.value)
+                self._store_parts(address, stored, builder.zext(bits, ir.IntType(64)))
+
+    def _store_parts(self, address: ir.Value, rest: ir.Value, bits: ir.Value) -> None:
+        """Store the first lanes of ``rest``, as many as ``bits`` are set."""
+        builder, lanes = self.builder, self.vector.lanes // 2
+        while lanes:
+            numbers = [
+                ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes)))
+                for first in (0, lanes)
+            ]
+            low, high = (builder.shuffle_vector(rest, rest, half) for half in numbers)
+            reached = builder.and_(bits, int64_constant(1 << (lanes - 1)))
+            full = builder.icmp_unsigned("!=", reached, int64_constant(0))
+            with builder.if_then(full):
+                pointer = _pointer(builder, address, low.type)
+                builder.store(low, pointer, align=self.alignment)
+            beyond = builder.add(address, int64_constant(lanes * self.alignment))
+            address = builder.select(full, beyond, address)
+            rest = builder.select(full, high, low)
+            bits = builder.select(full, builder.lshr(bits, int64_constant(lanes)), bits)
+            lanes //= 2
 
     def broadcast(self, address: ir.Value) -> Register:
         """The number at ``address`` in every lane."""
@@ -170,6 +217,38 @@ def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
     return types.void(types.int64, value, mask), generate
 
 
+@intrinsic
+def store_over(typing: Any, address: Any, value: Any, mask: Any) -> Any:
+    """`store_masked` where nobody else writes: the other lanes may be stored again as they were."""
+    if not isinstance(value, Vector):
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        stored, memory = Register(builder, value, values[1]), VectorMemory(builder, value)
+        if MASK_REGISTERS:
+            memory.store_masked(values[0], stored, values[2])
+        else:
+            mask = Register(builder, value.of(types.boolean), values[2])
+            memory.store(values[0], mask.select(stored, memory.load(values[0])))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, mask), generate
+
+
+@intrinsic
+def store_first(typing: Any, address: Any, value: Any, mask: Any) -> Any:
+    """`store_masked` of the first lanes, as many as ``mask`` has, which `mask_first` made."""
+    if not isinstance(value, Vector):
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        stored = Register(builder, value, values[1])
+        VectorMemory(builder, value).store_first(values[0], stored, values[2])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, mask), generate
+
+
 LINE = 64
 """Bytes of a cache line."""
 
@@ -191,6 +270,26 @@ def prefetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def align_stack(typing: Any) -> Any:
+    """Let vectors that the registers have no room for begin where none crosses a cache line.
+
+    The stack is aligned to 16 bytes, and vectors on it are read by instructions that could as well
+    be arithmetic. With the many registers of AVX-512 little is kept there, and nothing done.
+    """
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        if not MASK_REGISTERS:
+            place = cgutils.alloca_once(builder, ir.IntType(64))
+            place.align = 4 * LANES
+            # An instruction that is none needs the place, so that it is not optimized away.
+            kind = ir.FunctionType(ir.VoidType(), [place.type])
+            builder.asm(kind, "", "r", [place], side_effect=True)
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic
@@ -250,7 +349,7 @@ def first_lanes(builder: ir.IRBuilder, vector: Vector, count: ir.Value) -> Regis
     clipped = count
     for bound, name in ((0, "llvm.smax.i64"), (vector.lanes, "llvm.smin.i64")):
         clipped = call(builder, name, count.type, [clipped, ir.Constant(count.type, bound)])
-    element = {1: types.uint8, 8: types.uint8, 16: types.uint16}.get(vector.bits, types.uint32)
+    element = {1: types.int8, 8: types.int8, 16: types.int16}.get(vector.bits, types.int32)
     numbers = Vector(element, vector.lanes)
     lanes = Register(builder, numbers, ir.Constant(numbers.llvm, list(range(vector.lanes))))
     return lanes < splat(builder, numbers, builder.trunc(clipped, numbers.llvm_element))

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.kernels import source
+from graphopt.kernels.caches import SECOND_CACHE
 from graphopt.kernels.convolution import Image, epilogue_starts
 from graphopt.kernels.loops import Arguments, indent, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, Step
 from graphopt.kernels.tile import VOCABULARY, WORTH_SHARING, Epilogue
 
-SECOND_CACHE = 700_000
+KEPT_BYTES = SECOND_CACHE * 2 // 3
 """Bytes of pixels and products that the second cache holds beside what passes through it."""
 
 

@@ -47,11 +47,13 @@ _FIRST_CACHE = 26 * 1024
 """Bytes of a panel that stay in the first cache, beside what else passes through it."""
 _PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
 """Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
-WIDTHS = {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6), 2: (4,), 4: (2,)}
+WIDTHS = (
+    {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6, 7), 2: (4, 6), 4: (2,)}
+)
 """Vectors of a panel, by rows that share their columns."""
-_TAIL_WIDTHS = (3, 4)
+_TAIL_WIDTHS = (3, 4) if LANES == 16 else (3, 4, 6)
 """The same of panels of which the last has a tail."""
-_TAILS = (4, 8) if LANES == 16 else ()
+_TAILS = tuple(lanes for lanes in (4, 8) if lanes < LANES)
 """Lanes of narrower vectors."""
 _TAIL_COST = 0.5
 """Of that of a whole vector."""

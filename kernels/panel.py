@@ -25,7 +25,7 @@ lane_index: Any = simd.lane_index
 mask_between: Any = simd.mask_between
 mask_first: Any = simd.mask_first
 store: Any = memory.store
-store_masked: Any = memory.store_masked
+store_over: Any = memory.store_over
 transpose_corner: Any = memory.transpose_corner
 
 read: Any = memory.read
@@ -83,9 +83,11 @@ def pack_taps(
             left,
         )
         return
-    # Of rows that are shorter than a vector, each is spoilt by the one before it.
-    together = kernel_width == 3 and stride_width == 2 and dilation_width == 1
-    together = together and pitch >= 4 * LANES
+    # Of rows that are shorter than a vector, each is spoilt by the one before it. Else all rows of
+    # the kernel are taken column by column, with one mask for each.
+    apart = pitch >= 4 * LANES
+    lines = kernel_height if apart else 1
+    together = apart and kernel_width == 3 and stride_width == 2 and dilation_width == 1
     for vector in range(vectors):
         start = first + vector * LANES
         count = min(pixels - start, LANES)
@@ -95,14 +97,25 @@ def pack_taps(
         while lane < count:
             # One piece of an output row; the next overwrites what follows it in the vector.
             target = panel + 4 * vector * LANES
-            for y in range(kernel_height):
+            for y in range(0, kernel_height, lines):
                 source_row = row * stride_height + y * dilation_height - top
-                inside = width if 0 <= source_row < height else 0
                 source_column = (column - lane) * stride_width - left
                 source = image + 4 * (source_row * width + source_column)
                 if together:
-                    pack_three(target, pitch, source, plane, channels, source_column, inside, lane)
-                    target += 3 * channels * pitch
+                    pack_three(
+                        target,
+                        pitch,
+                        source,
+                        plane,
+                        channels,
+                        source_row,
+                        height,
+                        kernel_height,
+                        dilation_height,
+                        source_column,
+                        width,
+                        lane,
+                    )
                     continue
                 for _ in range(kernel_width):
                     pack_pixels(
@@ -111,9 +124,14 @@ def pack_taps(
                         source,
                         plane,
                         channels,
+                        source_row,
+                        height,
+                        lines,
+                        dilation_height,
+                        kernel_width * channels * pitch,
                         source_column,
                         stride_width,
-                        inside,
+                        width,
                         lane,
                     )
                     source_column += dilation_width
@@ -179,6 +197,11 @@ def pack_pixels(
     source: int,
     plane: int,
     channels: int,
+    row: int,
+    height: int,
+    rows: int,
+    row_step: int,
+    target_step: int,
     start: int,
     stride: int,
     width: int,
@@ -186,28 +209,38 @@ def pack_pixels(
 ) -> None:
     """A vector of the columns from ``start`` on in steps of ``stride``, of every channel.
 
-    Lanes before ``lane`` are kept, columns outside 0 to ``width`` are zero. The masks are those of
-    all channels.
+    It is taken from each of ``rows`` rows of the image, the first of which is ``row``, the others
+    each ``row_step`` further, and goes ``target_step`` further. Lanes before ``lane`` are kept,
+    pixels outside of the image are zero. The masks are those of all rows and channels.
     """
     written = ~mask_first(lane, FLOAT32)
     inside = mask_between(start, stride, width, FLOAT32)
-    if stride == 1:
-        for _ in range(channels):
-            put(target, load_masked(source, FLOAT32, inside), lane, written)
-            source += plane
-            target += pitch
-    elif stride == 2:
-        low = mask_between(start, 1, width, FLOAT32)
-        high = mask_between(start + LANES, 1, width, FLOAT32)
-        for _ in range(channels):
-            put(target, load_even(source, FLOAT32, low, high), lane, written)
-            source += plane
-            target += pitch
-    else:
-        for _ in range(channels):
-            put(target, gather(source, 4 * stride, FLOAT32, inside), lane, written)
-            source += plane
-            target += pitch
+    low = mask_between(start, 1, width, FLOAT32)
+    high = mask_between(start + LANES, 1, width, FLOAT32)
+    for _ in range(rows):
+        place, origin = target, source
+        if row < 0 or row >= height:
+            for _ in range(channels):
+                put(place, broadcast(0.0, FLOAT32), lane, written)
+                place += pitch
+        elif stride == 1:
+            for _ in range(channels):
+                put(place, load_masked(origin, FLOAT32, inside), lane, written)
+                origin += plane
+                place += pitch
+        elif stride == 2:
+            for _ in range(channels):
+                put(place, load_even(origin, FLOAT32, low, high), lane, written)
+                origin += plane
+                place += pitch
+        else:
+            for _ in range(channels):
+                put(place, gather(origin, 4 * stride, FLOAT32, inside), lane, written)
+                origin += plane
+                place += pitch
+        row += row_step
+        source += 4 * width * row_step
+        target += target_step
 
 
 @inlined
@@ -219,7 +252,7 @@ def put(target: int, value: Any, lane: int, written: Any) -> None:
     if lane == 0:
         store(target, value)
     else:
-        store_masked(target, value, written)
+        store_over(target, value, written)
 
 
 @inlined
@@ -229,24 +262,38 @@ def pack_three(
     source: int,
     plane: int,
     channels: int,
+    row: int,
+    height: int,
+    rows: int,
+    row_step: int,
     start: int,
     width: int,
     lane: int,
 ) -> None:
     """`pack_pixels` in steps of two for three neighbouring columns of a kernel, which have
-    ``channels`` rows each: most pixels are under two of them."""
+    ``channels`` rows of the panel each: most pixels are under two of them."""
     written = ~mask_first(lane, FLOAT32)
     low = mask_between(start, 1, width, FLOAT32)
     high = mask_between(start + LANES, 1, width, FLOAT32)
     last = mask_between(start + 2 * LANES, 1, width, FLOAT32)
+    zero = broadcast(0.0, FLOAT32)
     step = channels * pitch
-    for _ in range(channels):
-        first, second, third = load_three(source, FLOAT32, low, high, last)
-        put(target, first, lane, written)
-        put(target + step, second, lane, written)
-        put(target + 2 * step, third, lane, written)
-        source += plane
-        target += pitch
+    for _ in range(rows):
+        place, origin = target, source
+        outside = row < 0 or row >= height
+        for _ in range(channels):
+            if outside:
+                first, second, third = zero, zero, zero
+            else:
+                first, second, third = load_three(origin, FLOAT32, low, high, last)
+            put(place, first, lane, written)
+            put(place + step, second, lane, written)
+            put(place + 2 * step, third, lane, written)
+            origin += plane
+            place += pitch
+        row += row_step
+        source += 4 * width * row_step
+        target += 3 * step
 
 
 @inlined
@@ -313,9 +360,14 @@ def pack_strips(
                         image + 4 * (piece_row * width + start),
                         plane,
                         channels,
+                        piece_row,
+                        height,
+                        1,
+                        0,
+                        0,
                         start,
                         stride_width,
-                        width if 0 <= piece_row < height else 0,
+                        width,
                         lane,
                     )
                     lane += lanes

@@ -209,7 +209,7 @@ class ElementwiseLoop:
             if self._kind(index) == "strided":
                 lines.append(f"scatter(q{index} + i * t{index}, t{index}, {result}, {mask})")
             elif masked:
-                lines.append(f"store_masked({address}, {result}, mask)")
+                lines.append(f"store_first({address}, {result}, mask)")
             else:
                 lines.append(f"store({address}, {result})")
         return lines

@@ -332,7 +332,7 @@ while task < stop:
                 mask = mask_first(out_width - column, FLOAT32)
                 <along>
                 <finish>
-                store_masked(c + line * c_row + 4 * column, total, mask)
+                store_first(c + line * c_row + 4 * column, total, mask)
                 column += LANES
             line += 1
         columns = out_width

@@ -240,7 +240,7 @@ class _Along(_Kernel):
             *self.outer(lambda pointer: self._row(pointer, f"m{last}")),
             *self.end("total"),
             *self.finish(f"broadcast({self.collect}(total), {vector})"),
-            f"store_masked(q, {self.epilogue.results[0]}, mask_first(1, FLOAT32))",
+            f"store_first(q, {self.epilogue.results[0]}, mask_first(1, FLOAT32))",
             "task += 1",
             *self.odometer.advance(),
         ]
@@ -325,7 +325,7 @@ class _Across(_Kernel):
             address = f"q + (first + {number} * LANES) * {self.write_width}"
             lines += [*self.end(f"t{number}"), *self.finish(f"t{number}")]
             result = self.epilogue.results[0]
-            store = f"store_masked({address}, {result}, mask)"
+            store = f"store_first({address}, {result}, mask)"
             lines.append(store if masked else f"store({address}, {result})")
         return lines
 

@@ -37,6 +37,8 @@ def _register_lanes(features: frozenset[str]) -> int:
 FEATURES = cpu_features()
 LANES = _register_lanes(FEATURES)
 FUSED = "fma" in FEATURES or "neon" in FEATURES
+MASK_REGISTERS = "avx512f" in FEATURES
+"""Whether the CPU has masks of one bit per lane, as good as free to load and store with."""
 
 
 class Vector(types.Type):

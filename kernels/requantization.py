@@ -88,7 +88,7 @@ class Requantization:
         if self.floating:
             for channel in range(GROUP):
                 inner = [
-                    f"store_masked(c + {channel} * out_plane + {4 * LANES * vector},"
+                    f"store_first(c + {channel} * out_plane + {4 * LANES * vector},"
                     f" convert({own[channel]}, FLOAT32) * m{channel},"
                     f" mask_first(columns - {LANES * vector}, FLOAT32))"
                     for vector, own in enumerate(sums)
@@ -97,12 +97,12 @@ class Requantization:
             return lines
         for vector, own in enumerate(sums):
             mask = f", mask_first(columns - {LANES * vector}, INT32)" if self.masked else ""
-            kind = "_masked" if self.masked else ""
+            kind, store = ("_masked", "store_first") if self.masked else ("", "store")
             place = f"{4 * LANES * vector}"
             if self.residual:
                 lines.append(f"other = load{kind}(e + {place}, INT32{mask})")
             lines += self.word_lines(own)
-            lines.append(f"store{kind}(c + {place}, word{mask})")
+            lines.append(f"{store}(c + {place}, word{mask})")
         return lines
 
     def word_lines(self, sums: Sequence[str]) -> list[str]:

@@ -59,5 +59,5 @@ def load(address: str, masked: bool, dtype: str = "float32") -> str:
 def store(address: str, value: str, masked: bool) -> str:
     """Kernel text that writes a vector."""
     if masked:
-        return f"store_masked({address}, {value}, mask)"
+        return f"store_first({address}, {value}, mask)"
     return f"store({address}, {value})"

@@ -4,7 +4,7 @@ Kernels hold vectors in ordinary local variables and move them by *address* (an 
 
     x = load(source + 4 * i, FLOAT32)              # one vector; no alignment is assumed
     y = fma(x, weight, y)                          # one rounding where the CPU has the instruction
-    store_masked(target + 4 * i, y, mask_first(count - i, FLOAT32))
+    store_first(target + 4 * i, y, mask_first(count - i, FLOAT32))
 
 A ``Vector(element, lanes)`` is both the Numba type and what a kernel names to say "as this kind
 of vector". `LANES` is the number of float32 lanes in one register of the CPU that Numba compiles
@@ -28,6 +28,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from graphopt.kernels.memory import (
+    align_stack,
     call_step,
     first_lanes,
     gather,
@@ -40,6 +41,7 @@ from graphopt.kernels.memory import (
     read,
     scatter,
     store,
+    store_first,
     store_masked,
     transpose_corner,
     transpose_tile,
@@ -55,6 +57,7 @@ from graphopt.kernels.register import (
     INT32,
     INT64,
     LANES,
+    MASK_REGISTERS,
     UINT8,
     VECTORS,
     Register,
@@ -79,6 +82,7 @@ __all__ = [
     "Register",
     "Vector",
     "absolute",
+    "align_stack",
     "any_lane",
     "at_least",
     "at_most",
@@ -115,6 +119,7 @@ __all__ = [
     "select",
     "sqrt",
     "store",
+    "store_first",
     "store_masked",
     "transpose_corner",
     "transpose_tile",
@@ -274,11 +279,13 @@ def mask_between(typing: Any, start: Any, step: Any, stop: Any, vector: Any) -> 
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        numbers = Vector(types.uint32, kind.lanes)
+        numbers = Vector(types.uint32 if MASK_REGISTERS else types.int32, kind.lanes)
         lanes = Register(builder, numbers, ir.Constant(numbers.llvm, list(range(kind.lanes))))
         narrow = [builder.trunc(value, ir.IntType(32)) for value in values[:3]]
         first, distance, limit = (splat(builder, numbers, value) for value in narrow)
-        return (first + lanes * distance < limit).value
+        place = first + lanes * distance
+        # Without registers for masks, instructions look at signs; AVX2 has no unsigned comparison.
+        return (place < limit if MASK_REGISTERS else ((place - limit) & ~place) < 0).value
 
     return kind.of(types.boolean)(types.int64, types.int64, types.int64, vector), generate
 

@@ -254,7 +254,7 @@ def _store_lines(schedule: Schedule, epilogue: Epilogue, mask: str) -> list[str]
             *epilogue.row_lines(),
         ]
         for line in range(schedule.width):
-            store = epilogue.register_lines(f"s{row}_{line}", 0, mask)
+            store = epilogue.register_lines(f"s{row}_{line}", 0, mask, "store_masked")
             if line:
                 store = [*below, *store]
             if mask:

@@ -6,6 +6,7 @@ unroll what those would otherwise spell out, which Numba would be slow to read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +24,10 @@ FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
 MOST_STEPS = 2**16
 """Steps of a panel: in fours, the numbers of columns have 16 bits."""
+_CHAINS = 4 if LANES == 16 else 12
+"""Sums at once: an addition waits for the last one to the same sum, some four cycles. Vectors of 16
+are multiplied once a cycle, shorter ones twice; where a tile has few sums, each is made in parts.
+"""
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
 
@@ -119,32 +124,36 @@ class _Tile:
         if tail_lanes:
             self.memories.append(VectorMemory(builder, Vector(types.float32, tail_lanes)))
         self.sums_step = sums_step
-        self.sums: list[list[ir.Value]] = []
+        self.chains = max(_CHAINS // (rows * len(self.memories)), 1)
+        self.sums: list[list[list[ir.Value]]] = []
 
     def start(self, sums: ir.Value, first_block: ir.Value) -> None:
         """Begin with zero, or with the sums that wait."""
         builder = self.builder
         self.sums = [
             [
-                cgutils.alloca_once_value(builder, ir.Constant(memory.vector.llvm, None))
-                for memory in self.memories
+                [
+                    cgutils.alloca_once_value(builder, ir.Constant(memory.vector.llvm, None))
+                    for memory in self.memories
+                ]
+                for _ in range(self.rows)
             ]
-            for _ in range(self.rows)
+            for _ in range(self.chains)
         ]
         with builder.if_then(builder.not_(first_block)):
-            for place, row, vector in self._places():
+            for row, vector in self._places():
                 known = self.memories[vector].load(self._sum_at(sums, row, vector))
-                builder.store(known.value, place)
+                builder.store(known.value, self.sums[0][row][vector])
 
     def multiply(self, begin: ir.Value, count: ir.Value, panel: _Rows, tail: _Rows) -> None:
         """Add the products of ``count`` columns, of which the first come in fours."""
         builder = self.builder
 
-        def multiply_column(number: ir.Value, weights: list[Register]) -> None:
+        def multiply_column(number: ir.Value, weights: list[Register], chain: int) -> None:
             start = self._plus(panel.address, builder.mul(number, panel.step))
             addresses = [self._plus(start, vector * VECTOR_BYTES) for vector in range(self.width)]
             addresses.append(self._plus(tail.address, builder.mul(number, tail.step)))
-            self._add_products(addresses, weights)
+            self._add_products(addresses, weights, chain)
 
         def times(count: ir.Value, size: int) -> ir.Value:
             return builder.mul(count, int64_constant(size))
@@ -164,15 +173,16 @@ class _Tile:
             for lane in range(FOUR):
                 own = builder.lshr(numbers, int64_constant(16 * lane))
                 number = builder.and_(own, int64_constant(MOST_STEPS - 1))
-                multiply_column(number, [_repeat_lane(weight, lane) for weight in weights])
+                alone = [_repeat_lane(weight, lane) for weight in weights]
+                multiply_column(number, alone, lane % self.chains)
         with self._walk(singles, end, single) as p:
             number = builder.zext(self._load(p, ir.IntType(32)), _INT64)
             weights = [self.whole.broadcast(self._plus(p, 4 + 4 * row)) for row in range(self.rows)]
-            multiply_column(number, weights)
+            multiply_column(number, weights, 0)
 
     def results(self) -> list[ir.Value]:
         """The sums, all of whole vectors."""
-        return [self._sum(row, vector).resize(LANES).value for _, row, vector in self._places()]
+        return [self._total(row, vector).resize(LANES).value for row, vector in self._places()]
 
     def store(self, sums: ir.Value, made: list[Register]) -> None:
         """Store what `results` gave, a row ``sums_step`` after the other."""
@@ -182,28 +192,33 @@ class _Tile:
             narrow = register.resize(memory.vector.lanes)
             memory.store(self._sum_at(sums, row, vector), narrow)
 
-    def _add_products(self, addresses: list[ir.Value], weights: list[Register]) -> None:
+    def _add_products(self, addresses: list[ir.Value], weights: list[Register], chain: int) -> None:
         """Add a row of the panel, whose vectors are at ``addresses``, times the weights."""
         for vector, (memory, address) in enumerate(zip(self.memories, addresses, strict=False)):
             value = memory.load(address)
             for row, weight in enumerate(weights):
                 factor = weight.resize(memory.vector.lanes)
-                total = value.fma(factor, self._sum(row, vector))
-                self.builder.store(total.value, self.sums[row][vector])
+                total = value.fma(factor, self._sum(chain, row, vector))
+                self.builder.store(total.value, self.sums[chain][row][vector])
 
-    def _sum(self, row: int, vector: int) -> Register:
-        place = self.sums[row][vector]
-        return Register(self.builder, self.memories[vector].vector, self.builder.load(place))
+    def _sum(self, chain: int, row: int, vector: int) -> Register:
+        known = self.builder.load(self.sums[chain][row][vector])
+        return Register(self.builder, self.memories[vector].vector, known)
+
+    def _total(self, row: int, vector: int) -> Register:
+        """What all chains have summed."""
+        total = self._sum(0, row, vector)
+        for chain in range(1, self.chains):
+            total = total + self._sum(chain, row, vector)
+        return total
 
     def _sum_at(self, sums: ir.Value, row: int, vector: int) -> ir.Value:
         """Where a sum waits."""
         return self._plus(sums, row * self.sums_step + vector * VECTOR_BYTES)
 
-    def _places(self) -> Iterator[tuple[ir.Value, int, int]]:
-        """Where each sum is kept, with its row and its vector."""
-        for row, places in enumerate(self.sums):
-            for vector, place in enumerate(places):
-                yield place, row, vector
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """The row and the vector of each sum."""
+        return itertools.product(range(self.rows), range(len(self.memories)))
 
     @contextmanager
     def _walk(self, begin: ir.Value, end: ir.Value, step: int) -> Iterator[ir.Value]:
@@ -223,7 +238,7 @@ class _Tile:
     def _load_repeated(self, address: ir.Value) -> Register:
         """The four numbers at ``address`` again and again."""
         repeated = self.four.load(address).shuffle([lane % FOUR for lane in range(LANES)])
-        if "avx512f" in FEATURES:
+        if "avx" in FEATURES:
             # Else LLVM loads each number again, and loads are what such loops wait for.
             repeated = repeated.llvm("llvm.arithmetic.fence")
         return repeated

@@ -23,7 +23,7 @@ import numpy as np
 
 from graphopt.kernels.convolution import Image, image_epilogue, image_of
 from graphopt.kernels.loops import SHARE, Arguments
-from graphopt.kernels.minimal_filtering import SECOND_CACHE, FilteringCandidate, result_lines
+from graphopt.kernels.minimal_filtering import KEPT_BYTES, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
     Argument,
@@ -200,7 +200,7 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     splitting = 40 * image.channels * _stream_rows(cut) * cut.stream / LANES
     turning = (vectors + row_vectors) * 40 * outputs + row_vectors * 600 * image.channels
     cycles = product + splitting + turning / VECTORS_PER_CYCLE + 500
-    if sum(_scratch(image, cut)) > SECOND_CACHE:
+    if sum(_scratch(image, cut)) > KEPT_BYTES:
         cycles *= 1.3
     return math.ceil(tasks / threads) * cycles
 

@@ -30,11 +30,16 @@ VECTORS_PER_CYCLE = 1 if LANES == 16 else 2
 """Vectors that are multiplied, or loaded, per cycle: the widest often take two units at once."""
 WORTH_SHARING = 4e-6
 """Seconds of work from which a team of threads is used."""
-DEPTH = 384
-"""Steps of depth after which panels are renewed, so that they stay in the second cache."""
+DEPTH = 384 if LANES == 16 else 256
+"""Steps of depth after which panels are renewed, so that they stay in the second cache, those
+of short vectors in the first."""
 
 PARTS = 16
 """Parts of the output channels of which threads get shares, the same for every team."""
+
+_COLUMN_APART = LANES < 16
+"""Whether one more column is multiplied after the others: 16 registers are full with those."""
+_COLUMN_SUMS = 4
 
 _AHEAD = 8192
 """Bytes of a constant that are fetched in advance: its order in memory crosses pages too often for
@@ -60,8 +65,8 @@ class TileShape:
 
     @property
     def takes_column(self) -> bool:
-        """Whether the registers have room for one more column, whose rows fill a vector."""
-        return LANES == 16 and self.height in (4, 8) and self.height * self.width <= 24
+        """Whether one more column is worth computing, whose rows fill a vector."""
+        return self.height in (4, 8) and self.height * self.width <= 3 * LANES // 2
 
 
 VOCABULARY = ("elementary", "panel", "simd", "tile")
@@ -177,8 +182,10 @@ class _Tile:
                     sum = self.sums[row][column]
                     known = Register(builder, memory.vector, builder.load(sum))
                     builder.store(b[column].fma(factor, known).value, sum)
-            if self.column is not None:
+            if self.column is not None and not _COLUMN_APART:
                 self.column.add(builder.add(given["a"], offset), loop.index)
+        if self.column is not None and _COLUMN_APART:
+            self.column.multiply()
 
     def _row_start(self, row: int, padded: bool) -> ir.Value:
         builder, given = self.builder, self.operands
@@ -191,19 +198,32 @@ class _Tile:
     def store(self) -> None:
         """Store the part of the tile that exists, or add it to what is there."""
         builder, memory, given = self.builder, self.memory, self.operands
-        masks = [self._columns(column) for column in range(self.width)]
-        none = ir.Constant(masks[0].type, None)
-        for row in range(self.height):
-            exists = builder.icmp_signed("<", int64_constant(row), given["rows"])
-            for column in range(self.width):
-                address = memory.at(given["c"], row, given["c_row"], column * memory.bytes)
-                mask = builder.select(exists, masks[column], none)
-                known = memory.load_masked(address, builder.select(given["accumulate"], mask, none))
-                sum = Register(builder, memory.vector, builder.load(self.sums[row][column]))
-                memory.store_masked(address, sum + known, mask)
+        places = [
+            (sum, memory.at(given["c"], row, given["c_row"], column * memory.bytes), mask)
+            for row, (sums, masks) in enumerate(zip(self.sums, self._masks(), strict=True))
+            for column, (sum, mask) in enumerate(zip(sums, masks, strict=True))
+        ]
+        # What is not needed is not read even with an empty mask: the sums would wait for it.
+        with builder.if_then(given["accumulate"]):
+            for sum, address, mask in places:
+                own = Register(builder, memory.vector, builder.load(sum))
+                builder.store((own + memory.load_masked(address, mask)).value, sum)
+        for sum, address, mask in places:
+            own = Register(builder, memory.vector, builder.load(sum))
+            memory.store_first(address, own, mask)
         if self.column is not None:
             offset = int64_constant(self.width * memory.bytes)
             self.column.store(builder.add(given["c"], offset))
+
+    def _masks(self) -> list[list[ir.Value]]:
+        """For each row, the masks of its vectors."""
+        columns = [self._columns(column) for column in range(self.width)]
+        none = ir.Constant(columns[0].type, None)
+        masks = []
+        for row in range(self.height):
+            exists = self.builder.icmp_signed("<", int64_constant(row), self.operands["rows"])
+            masks.append([self.builder.select(exists, mask, none) for mask in columns])
+        return masks
 
     def _columns(self, column: int) -> ir.Value:
         """The mask of a vector's columns that exist."""
@@ -220,25 +240,54 @@ class _Column:
         self.memory = VectorMemory(builder, Vector(types.float32, height))
         self.builder = builder
         self.operands = operands
-        self.sum = cgutils.alloca_once_value(builder, ir.Constant(self.memory.vector.llvm, None))
+        zero = ir.Constant(self.memory.vector.llvm, None)
+        # Where nothing else is added meanwhile, sums in turn, which need not wait for one another.
+        count = _COLUMN_SUMS if _COLUMN_APART else 1
+        self.sums = [cgutils.alloca_once_value(builder, zero) for _ in range(count)]
 
-    def add(self, a: ir.Value, step: ir.Value) -> None:
+    def add(self, a: ir.Value, step: ir.Value, number: int = 0) -> None:
         """Add the product of the rows at ``a`` with the column's number of that step."""
         builder, memory = self.builder, self.memory
         place = builder.add(self.operands["column"], builder.mul(step, int64_constant(4)))
-        known = Register(builder, memory.vector, builder.load(self.sum))
-        builder.store(memory.load(a).fma(memory.broadcast(place), known).value, self.sum)
+        known = Register(builder, memory.vector, builder.load(self.sums[number]))
+        product = memory.load(a).fma(memory.broadcast(place), known)
+        builder.store(product.value, self.sums[number])
+
+    def multiply(self) -> None:
+        """Add the products of all steps."""
+        builder, given, count = self.builder, self.operands, int64_constant(len(self.sums))
+
+        def add(step: ir.Value, number: int) -> None:
+            offset = builder.mul(step, given["a_step"])
+            self.add(builder.add(given["a"], offset), step, number)
+
+        turns = builder.sdiv(given["depth"], count)
+        with cgutils.for_range(builder, turns) as loop:
+            for number in range(len(self.sums)):
+                first = builder.mul(loop.index, count)
+                add(builder.add(first, int64_constant(number)), number)
+        done = builder.mul(turns, count)
+        with cgutils.for_range(builder, builder.sub(given["depth"], done)) as loop:
+            add(builder.add(done, loop.index), 0)
+
+    def _total(self) -> ir.Value:
+        vector = self.memory.vector
+        total, *others = (
+            Register(self.builder, vector, self.builder.load(sum)) for sum in self.sums
+        )
+        for other in others:
+            total = total + other
+        return total.value
 
     def store(self, c: ir.Value) -> None:
         """Store the rows that exist, or add them to what is at ``c`` and below."""
         builder, given = self.builder, self.operands
+        column = self._total()
         for row in range(self.memory.vector.lanes):
             with builder.if_then(builder.icmp_signed("<", int64_constant(row), given["rows"])):
                 address = self.memory.at(c, row, given["c_row"])
                 pointer = builder.inttoptr(address, ir.FloatType().as_pointer())
-                own = builder.extract_element(
-                    builder.load(self.sum), ir.Constant(ir.IntType(32), row)
-                )
+                own = builder.extract_element(column, ir.Constant(ir.IntType(32), row))
                 with builder.if_else(given["accumulate"]) as (more, first):
                     with more:
                         total = builder.fadd(own, builder.load(pointer))
@@ -340,11 +389,13 @@ class Epilogue:
         """Lines that read what is the same for a row of the tile, from the addresses ``e{i}``."""
         return self._constants("e")
 
-    def register_lines(self, product: str, vector: int, mask: str = "") -> list[str]:
+    def register_lines(
+        self, product: str, vector: int, mask: str = "", store: str = "store_first"
+    ) -> list[str]:
         """Lines that finish a vector of a row, which ``product`` holds, and store it.
 
         They follow `row_lines`; ``c`` is the row's address. ``mask`` is that of the columns that
-        exist, or nothing where all do.
+        exist, or nothing where all do; ``store`` is what stores with it.
         """
         lines, more = [], ""
         if mask:
@@ -358,7 +409,8 @@ class Epilogue:
         if self.emission is not None:
             lines += [f"product = {product}", *self.emission.body]
             result = self.emission.results[0]
-        return [*lines, f"store{kind}(c + {4 * vector * LANES}, {result}{more})"]
+        store = store if mask else "store"
+        return [*lines, f"{store}(c + {4 * vector * LANES}, {result}{more})"]
 
     def tile_lines(self, height: int, width: int, whole: int) -> list[str]:
         """Lines that finish and store a tile that the variables ``s{row}_{vector}`` hold.
@@ -400,7 +452,7 @@ class Epilogue:
         ]
         result = self.emission.results[0]
         store = (
-            f"store_masked(q + 4 * i, {result}, mask)" if masked else f"store(q + 4 * i, {result})"
+            f"store_first(q + 4 * i, {result}, mask)" if masked else f"store(q + 4 * i, {result})"
         )
         return [*lines, *self.emission.body, store]
 

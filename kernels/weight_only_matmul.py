@@ -142,7 +142,7 @@ def _lines(bits: int, step: int) -> list[str]:
             for column, place in vectors
         ],
         "store": [
-            f"store_masked(c + {place}, t{column}, "
+            f"store_first(c + {place}, t{column}, "
             f"mask_first(outputs - feature - {LANES * column}, FLOAT32))"
             for column, place in vectors
         ],

@@ -148,7 +148,7 @@ class Windows:
                 for row in strip
                 for line in (
                     f"if rows > {row}:",
-                    f"    store_masked(c + {row} * c_row + 4 * column, sum{row}, mask)",
+                    f"    store_first(c + {row} * c_row + 4 * column, sum{row}, mask)",
                 )
             ],
             "epilogue": [*extras.starts(), *epilogue.lines()],

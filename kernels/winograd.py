@@ -22,7 +22,7 @@ import numpy as np
 
 from graphopt.kernels.convolution import Image, image_epilogue, image_of
 from graphopt.kernels.loops import SHARE, Arguments, indent
-from graphopt.kernels.minimal_filtering import SECOND_CACHE, FilteringCandidate, result_lines
+from graphopt.kernels.minimal_filtering import KEPT_BYTES, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
     Argument,
@@ -44,7 +44,7 @@ from graphopt.kernels.tile import (
     multiply_lines,
 )
 
-_TILE = TILES[0]
+_TILE = TILES[0] if LANES == 16 else TILES[1]
 _POSITIONS = 16
 _CHUNK = 4
 """Register tiles of output channels whose products are kept before they are transformed back."""
@@ -197,7 +197,7 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     vectors = cut.pitch // LANES
     panels = math.ceil(vectors / _TILE.width)
     per_step = max(_TILE.height * vectors / VECTORS_PER_CYCLE, (panels * 4 + vectors))
-    if _scratch(image, cut)[0] > SECOND_CACHE:
+    if _scratch(image, cut)[0] > KEPT_BYTES:
         per_step *= 1.3
     # Every block of pixels reads all weights, mostly from the third cache.
     per_step = max(per_step, _TILE.height / 2)

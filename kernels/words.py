@@ -32,7 +32,7 @@ mask_first: Any = simd.mask_first
 read: Any = memory.read
 select: Any = simd.select
 store: Any = memory.store
-store_masked: Any = memory.store_masked
+store_over: Any = memory.store_over
 
 inlined: Any = njit(error_model="numpy", nogil=True)
 """For functions that become part of the kernels that call them."""
@@ -247,7 +247,7 @@ def _pack_pixels(
         else:
             for _ in range(planes):
                 value = select(inside, load_masked(source, INT32, inside), outside)
-                store_masked(target, value, written)
+                store_over(target, value, written)
                 source += plane
                 target += pitch
     elif stride == 2:
@@ -255,13 +255,13 @@ def _pack_pixels(
         high = mask_between(start + LANES, 1, width, INT32)
         for _ in range(planes):
             value = select(inside, load_even(source, INT32, low, high), outside)
-            store_masked(target, value, written)
+            store_over(target, value, written)
             source += plane
             target += pitch
     else:
         for _ in range(planes):
             value = select(inside, gather(source, 4 * stride, INT32, inside), outside)
-            store_masked(target, value, written)
+            store_over(target, value, written)
             source += plane
             target += pitch
 

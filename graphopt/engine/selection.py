@@ -121,10 +121,11 @@ def decide(
 def ratio(
     kernels: Sequence[Candidate], constants: Sequence[Sequence[np.ndarray | None]], threads: int
 ) -> float:
-    """The time of the first kernel over that of all others together, which do its parts.
+    """The time of the first kernel over that of all others in sequence, which do its parts.
 
-    They are measured in turn and the ratio is remembered: times of other minutes may be those of
-    a faster or slower machine.
+    Each of these reads, as its first input, the result of the one before. They are measured in turn
+    with the whole and the ratio is remembered: times of other minutes may be those of a faster or
+    slower machine, and to call the parts one by one would cost more than their sequence.
 
     Args:
         kernels: the whole, then its parts.
@@ -135,10 +136,13 @@ def ratio(
     known = remembered([key])
     if known is not None:
         return known[0]
-    sets = [_sets(one.problem, own) for one, own in zip(kernels, constants, strict=True)]
-    whole, *parts = _measure(kernels, constants, sets, threads)
-    remember({key: whole / sum(parts)})
-    return whole / sum(parts)
+    # What is not constant is in both the image and, in the same order, the further operands.
+    sets = _sets(kernels[0].problem, constants[0])
+    whole, parts = _measure(
+        [(kernels[:1], constants[:1]), (kernels[1:], constants[1:])], [sets] * 2, threads
+    )
+    remember({key: whole / parts})
+    return whole / parts
 
 
 def _known_times(timed: Sequence[Candidate], threads: int) -> list[float] | None:
@@ -158,22 +162,28 @@ def measure(
     as well, though most of the shorter time passes meanwhile.
     """
     sets = _sets(timed[0].problem, constants)
-    return _measure(timed, [constants] * len(timed), [sets] * len(timed), threads)
+    return _measure([([one], [constants]) for one in timed], [sets] * len(timed), threads)
+
+
+_Sequence = tuple[Sequence[Candidate], Sequence[Sequence[np.ndarray | None]]]
+"""Kernels, each of which reads the result of the one before, and the constants of each."""
 
 
 def _measure(
-    kernels: Sequence[Candidate],
-    constants: Sequence[Sequence[np.ndarray | None]],
-    sets: Sequence[list[list[torch.Tensor]]],
-    threads: int,
+    sequences: Sequence[_Sequence], sets: Sequence[list[list[torch.Tensor]]], threads: int
 ) -> list[float]:
-    """Seconds of each kernel, with its own constants and sets of inputs."""
-    packed = [one.pack(own) for one, own in zip(kernels, constants, strict=True)]
-    programs = [
-        (single_kernel(one, own, threads, arrays), inputs)
-        for one, own, arrays, inputs in zip(kernels, constants, packed, sets, strict=True)
+    """Seconds of each sequence, with its own sets of inputs."""
+    packed = [
+        [one.pack(own) for one, own in zip(kernels, constants, strict=True)]
+        for kernels, constants in sequences
     ]
-    fetching = [sum(array.nbytes for array in arrays) / MEMORY_SPEED for arrays in packed]
+    programs = [
+        (_program(kernels, constants, threads, arrays), inputs)
+        for (kernels, constants), arrays, inputs in zip(sequences, packed, sets, strict=True)
+    ]
+    fetching = [
+        sum(array.nbytes for arrays in own for array in arrays) / MEMORY_SPEED for own in packed
+    ]
     return [
         max(pair) + _NOT_MEANWHILE * min(pair)
         for pair in zip(fetching, least_times(programs), strict=True)
@@ -242,26 +252,42 @@ def single_kernel(
     packed: Sequence[np.ndarray],
 ) -> Program:
     """A program of one kernel with its packed constants."""
-    problem, builder = candidate.problem, ProgramBuilder()
-    keys = [("input", place) for place in range(len(problem.inputs))]
-    for key, (operand, constant) in zip(keys, _with_constants(problem, constants), strict=True):
-        if constant is None:
-            builder.add_input(key, _memory(operand), getattr(torch, operand.dtype))
-        else:
-            builder.add_constant(key, constant)
-    outputs = [("output", place) for place in range(len(problem.outputs))]
-    for key, operand in zip(outputs, problem.outputs, strict=True):
-        builder.add_buffer(key, _memory(operand), getattr(torch, operand.dtype))
-    builder.add_kernel(
-        candidate.build(threads),
-        keys,
-        outputs,
-        packed=packed,
-        scratch_bytes=candidate.scratch_bytes(threads),
-        label=candidate.kernel,
-        estimate=candidate.estimate,
-    )
-    for key in outputs:
+    return _program([candidate], [constants], threads, [packed])
+
+
+def _program(
+    kernels: Sequence[Candidate],
+    constants: Sequence[Sequence[np.ndarray | None]],
+    threads: int,
+    packed: Sequence[Sequence[np.ndarray]],
+) -> Program:
+    """A program of kernels, each of which reads the first result of the one before it first."""
+    builder = ProgramBuilder()
+    made: list[tuple[int, str, int]] = []
+    for number, (one, own, arrays) in enumerate(zip(kernels, constants, packed, strict=True)):
+        problem = one.problem
+        keys = [
+            *made[:1],
+            *((number, "input", i) for i in range(len(made[:1]), len(problem.inputs))),
+        ]
+        for key, (operand, constant) in zip(keys, _with_constants(problem, own), strict=True):
+            if constant is not None:
+                builder.add_constant(key, constant)
+            elif key not in made:
+                builder.add_input(key, _memory(operand), getattr(torch, operand.dtype))
+        made = [(number, "output", i) for i in range(len(problem.outputs))]
+        for key, operand in zip(made, problem.outputs, strict=True):
+            builder.add_buffer(key, _memory(operand), getattr(torch, operand.dtype))
+        builder.add_kernel(
+            one.build(threads),
+            keys,
+            made,
+            packed=arrays,
+            scratch_bytes=one.scratch_bytes(threads),
+            label=one.kernel,
+            estimate=one.estimate,
+        )
+    for key in made:
         builder.add_output(key)
     return builder.build(threads)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from graphopt.engine import selection
 from graphopt.engine.selection import Selection, contenders, decide, least_times, measure
@@ -27,6 +29,12 @@ PROBLEM = MatmulProblem(
     None,
 )
 WEIGHT = np.random.default_rng(0).standard_normal((24, 40)).astype(np.float32)
+SQUARE = MatmulProblem(
+    (Operand.plain("float32", (3, 24)), ConstantOperand((24, 24), Layout.plain("float32", 2))),
+    (Operand.plain("float32", (3, 24)),),
+    (False, True),
+    None,
+)
 
 
 @dataclass(frozen=True)
@@ -162,9 +170,19 @@ def test_a_whole_and_its_parts_are_measured_in_turn_and_once(
 ) -> None:
     known(monkeypatch, {})
     monkeypatch.setattr(selection, "MEMORY_SPEED", 1e30)
-    monkeypatch.setattr(selection, "least_times", lambda _: [3.0, 1.0, 4.0])
-    (one, *_) = candidates(PROBLEM)
-    constants = [[None, WEIGHT]] * 3
+    (one, *_) = candidates(SQUARE)
+    weights = [np.ascontiguousarray(WEIGHT[:, i : i + 24]) for i in range(3)]
+    constants = [[None, weight] for weight in weights]
+
+    def made_up(programs: Sequence[tuple[Callable[..., torch.Tensor], Any]]) -> list[float]:
+        (whole, [(x,), *_]), (parts, same) = programs
+        assert same[0][0] is x
+        torch.testing.assert_close(whole(x)[0], x @ torch.from_numpy(weights[0]).T)
+        made = x @ torch.from_numpy(weights[1]).T @ torch.from_numpy(weights[2]).T
+        torch.testing.assert_close(parts(x)[0], made)
+        return [3.0, 5.0]
+
+    monkeypatch.setattr(selection, "least_times", made_up)
     assert selection.ratio([one] * 3, constants, 1) == pytest.approx(3 / 5)
     monkeypatch.setattr(selection, "least_times", None)
     assert selection.ratio([one] * 3, constants, 1) == pytest.approx(3 / 5)

@@ -25,12 +25,13 @@ def run(body: str, *arguments: int, imports: str = "") -> None:
     call(source.build("simd_test", "\n".join([*head, *names, *lines, ""])), list(arguments))
 
 
+@pytest.mark.parametrize("store", ["store_masked", "store_first"])
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
-def test_masked_memory_touches_only_its_lanes(dtype: str) -> None:
+def test_masked_memory_touches_only_its_lanes(dtype: str, store: str) -> None:
     kind = dtype.upper()
     body = f"""
 mask = mask_first(a2, {kind})
-store_masked(a1, load_masked(a0, {kind}, mask), mask)
+{store}(a1, load_masked(a0, {kind}, mask), mask)
 """
     for count in range(LANES + 1):
         for at_end in (True, False):
@@ -39,6 +40,31 @@ store_masked(a1, load_masked(a0, {kind}, mask), mask)
             target, written = guarded(np.zeros(count, dtype), at_end)
             run(body, buffer.address, target.address, count)
             np.testing.assert_array_equal(written, values)
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_lanes_that_are_not_stored_over_are_kept(dtype: str) -> None:
+    kind = dtype.upper()
+    body = f"store_over(a1, load(a0, {kind}), ~mask_first(a2, {kind}))"
+    values = (np.arange(LANES) % 2 == 0 if dtype == "bool" else np.arange(LANES)).astype(dtype)
+    others = (np.arange(LANES) % 3 == 0 if dtype == "bool" else 50 + np.arange(LANES)).astype(dtype)
+    imports = "from graphopt.kernels.memory import store_over\n"
+    for count in range(LANES + 1):
+        buffer, _ = guarded(values)
+        target, written = guarded(others.copy())
+        run(body, buffer.address, target.address, count, imports=imports)
+        np.testing.assert_array_equal(written, [*others[:count], *values[count:]])
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_mask_between_is_that_of_the_lanes_inside(step: int) -> None:
+    body = "store(a0, mask_between(a1, a2, a3, FLOAT32))"
+    for start in (-(2**30), -3 * LANES, -LANES, -LANES + 1, -2, -1, 0, 1, LANES, 2**30):
+        for stop in (0, 1, LANES - 1, LANES, 2 * LANES + 1, 2**30 + 3):
+            target, written = guarded(np.zeros(LANES, bool))
+            run(body, target.address, start, step, stop)
+            places = start + step * np.arange(LANES)
+            np.testing.assert_array_equal(written, (places >= 0) & (places < stop))
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)

@@ -32,8 +32,8 @@ def kernel(arguments, thread, begin, end):
 
 
 @pytest.mark.parametrize("first_block", [True, False])
-@pytest.mark.parametrize("tail", [0, 4, 8] if LANES == 16 else [0])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 5), (2, 3), (4, 4)])
+@pytest.mark.parametrize("tail", [0, *(lanes for lanes in (4, 8) if lanes < LANES)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 3), (1, 5), (1, 7), (2, 3), (4, 4)])
 def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -> None:
     schedule = Schedule(rows, width, DEPTH, tail)
     shape = f"{rows}, {width}, {tail}, {schedule.sums_step}"
