@@ -21,6 +21,7 @@ import graphopt
 from graphopt import reference
 from graphopt.engine import Plan
 from graphopt.ir import Graph, Value
+from graphopt.kernels.integer_convolution import TILE
 from graphopt.passes import Quantize
 
 
@@ -71,7 +72,7 @@ def test_a_convolution_with_bias_and_activation_is_one_kernel(per_channel: bool)
     graph.set_outputs([y])
     plan = check(graph, (2, 8, 9, 9))
     names = kernels_of(plan)
-    assert names == ["quantize image", "integer convolution 4x4", "dequantize image"]
+    assert names == ["quantize image", f"integer convolution {TILE}", "dequantize image"]
 
 
 ACTIVATIONS: dict[str, Callable[[Graph, Value], Value]] = {
@@ -101,7 +102,7 @@ def test_a_residual_is_added_inside() -> None:
     y = graph.add("aten.relu", graph.add("aten.add.Tensor", y, x))
     graph.set_outputs([through_bytes(graph, y, 0.04, 0)])
     plan = check(graph, (1, 8, 9, 9), step=0.04)
-    assert integer_kernels(plan) == ["integer convolution 4x4"]
+    assert integer_kernels(plan) == [f"integer convolution {TILE}"]
 
 
 def test_two_images_are_added() -> None:
@@ -197,7 +198,7 @@ def test_a_layer_with_a_float_result() -> None:
     x = through_bytes(graph, x, 0.03, 120)
     y = layer(graph, x, "aten.conv2d", 6, 8, 3, 3, scale=0.03)
     graph.set_outputs([graph.add("aten.sigmoid", y)])
-    assert integer_kernels(check(graph, (1, 8, 9, 9))) == ["integer convolution 4x4"]
+    assert integer_kernels(check(graph, (1, 8, 9, 9))) == [f"integer convolution {TILE}"]
 
 
 def test_zeros_around_an_image_are_its_zero_point() -> None:
@@ -328,7 +329,7 @@ def test_rows_beside_signals_are_rows() -> None:
     y = layer(graph, rows, "aten.linear", 12, 20, scale=0.01)
     graph.set_outputs([signal, through_bytes(graph, y, 0.02, 100)])
     plan = check(graph, (2, 8, 20), step=0.02)
-    assert integer_kernels(plan) == ["integer convolution 4x4", "integer matmul"]
+    assert integer_kernels(plan) == [f"integer convolution {TILE}", "integer matmul"]
 
 
 @DTYPES

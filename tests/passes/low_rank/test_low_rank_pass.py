@@ -16,6 +16,7 @@ import graphopt
 from graphopt import reference
 from graphopt.errors import PassError
 from graphopt.ir import Graph
+from graphopt.kernels.simd import LANES
 from graphopt.passes import LowRank
 from graphopt.passes.low_rank.merging import merge_neighbours
 from graphopt.passes.low_rank.methods import METHODS
@@ -289,7 +290,8 @@ def test_planted_ranks_are_found_without_any_option():
     _, report = applied(model, x, LowRank(only_faster=False, multiple=1))
     assert ranks_of(report) == {"0": "7", "2": "3"}
     _, report = applied(model, x, LowRank("svd", rank="evbmf", only_faster=False))
-    assert ranks_of(report) == {"0": "8", "2": "8"}
+    # Ranks are rounded up to what a register tile of this CPU has.
+    assert ranks_of(report) == {"0": "8", "2": "8" if LANES == 16 else "4"}
 
 
 def test_energy_bounds_every_layers_error():
