@@ -113,8 +113,7 @@ def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -
         "weights": [f"w{t} = broadcast(read(own + {4 * t}, FLOAT32), FLOAT32)" for t in taps],
         "masks": [line for x in columns for line in _mask_lines(image, x)],
         "zero": [f"s{row} = broadcast(0.0, FLOAT32)" for row in range(strip)],
-        "inside": _rows(image, strip, inside=True),
-        "at the edge": _rows(image, strip, inside=False),
+        "rows": [line for r in range(_input_rows(image, strip)) for line in _row(image, strip, r)],
         "starts": [
             f"e{i} = extra{i} + image * extra{i}_image + channel * extra{i}_channel"
             + (f" + row * e{i}_row + {extra.width} * column" if extra.along else "")
@@ -123,9 +122,7 @@ def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -
         "constants": epilogue.row_lines(),
         "finish": finish,
     }
-    reach = image.kernel[1] - 1 + image.stride[1] * LANES
     sizes = {"STRIP": strip, "TAPS": image.taps, "DOWN": image.stride[0], "ACROSS": image.stride[1]}
-    sizes["REACH"] = reach
     return fill(_BODY, parts, sizes)
 
 
@@ -136,23 +133,15 @@ def _mask_lines(image: Image, x: int) -> list[str]:
     return [low] if image.stride[1] == 1 else [low, high]
 
 
-def _rows(image: Image, strip: int, inside: bool) -> list[str]:
-    """Lines that multiply the input rows of a strip; ``inside``: no column is beyond the image."""
-    rows = range(_input_rows(image, strip))
-    return [line for number in rows for line in _row(image, strip, number, inside)]
-
-
-def _row(image: Image, strip: int, number: int, inside: bool) -> list[str]:
+def _row(image: Image, strip: int, number: int) -> list[str]:
     """Lines that multiply an input row, ``number`` rows below the strip's first."""
     lines = [f"place = start + {4 * number} * width"]
     for x in range(image.kernel[1]):
-        place, low, high = f"place + {4 * x}", f"m{x}", f"h{x}"
-        if inside:
-            low = high = "everywhere"
+        place = f"place + {4 * x}"
         if image.stride[1] == 1:
-            lines.append(f"value = load_masked({place}, FLOAT32, {low})")
+            lines.append(f"value = load_masked({place}, FLOAT32, m{x})")
         else:
-            lines.append(f"value = load_even({place}, FLOAT32, {low}, {high})")
+            lines.append(f"value = load_even({place}, FLOAT32, m{x}, h{x})")
         for row in range(strip):
             y = number - row * image.stride[0]
             if 0 <= y < image.kernel[0]:
@@ -162,7 +151,6 @@ def _row(image: Image, strip: int, number: int, inside: bool) -> list[str]:
 
 _BODY = """
 <prologue>
-everywhere = mask_first(LANES, FLOAT32)
 <share>
 while task < stop:
     number = task // bands
@@ -177,7 +165,6 @@ while task < stop:
         first = column * ACROSS - left
         present = mask_first(out_width - column, FLOAT32)
         <masks>
-        inside = first >= 0 and first + REACH <= width
         row = band * strips // bands * STRIP
         last_row = min((band + 1) * strips // bands * STRIP, out_height)
         while row < last_row:
@@ -185,10 +172,7 @@ while task < stop:
             top_row = row * DOWN - top
             start = origin + 4 * (top_row * width + first)
             <zero>
-            if inside:
-                <inside>
-            else:
-                <at the edge>
+            <rows>
             c = y + number * out_plane + 4 * (row * out_width + column)
             <starts>
             <constants>

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from graphopt.kernels.register import (
-    LANES,
     MASK_REGISTERS,
     Register,
     Vector,
@@ -19,7 +17,6 @@ from graphopt.kernels.register import (
     scalar_bits,
     splat,
 )
-from graphopt.kernels.registry import WHOLE
 
 
 def named_vector(kind: types.Type) -> Vector | None:
@@ -96,6 +93,14 @@ class VectorMemory:
         stored = _to_memory(self.builder, self.vector, value.value)
         arguments = [stored, self._pointer(address), _alignment(self.vector), mask]
         call(self.builder, self._name("store"), ir.VoidType(), arguments)
+
+    def store_over(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
+        """`store_masked` where nobody else writes: the others may be stored again as they were."""
+        if MASK_REGISTERS:
+            self.store_masked(address, value, mask)
+            return
+        chosen = Register(self.builder, self.vector.of(types.boolean), mask)
+        self.store(address, chosen.select(value, self.load(address)))
 
     def store_first(self, address: ir.Value, value: Register, mask: ir.Value) -> None:
         """`store_masked` of the first lanes: no lane is in the mask behind one that is not.
@@ -203,50 +208,28 @@ def store(typing: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, value), generate
 
 
-@intrinsic
-def store_masked(typing: Any, address: Any, value: Any, mask: Any) -> Any:
-    """Store the lanes of a vector that are in ``mask``; the other bytes are not touched."""
-    if not isinstance(value, Vector):
-        return None
+def _storing(store: Callable[[VectorMemory, ir.Value, Register, ir.Value], None]) -> Any:
+    """Make a method that stores a part of a vector callable from kernels."""
 
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored = Register(builder, value, values[1])
-        VectorMemory(builder, value).store_masked(values[0], stored, values[2])
-        return context.get_dummy_value()
+    def define(typing: Any, address: Any, value: Any, mask: Any) -> Any:
+        if not isinstance(value, Vector):
+            return None
 
-    return types.void(types.int64, value, mask), generate
+        def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+            stored = Register(builder, value, values[1])
+            store(VectorMemory(builder, value), values[0], stored, values[2])
+            return context.get_dummy_value()
 
+        return types.void(types.int64, value, mask), generate
 
-@intrinsic
-def store_over(typing: Any, address: Any, value: Any, mask: Any) -> Any:
-    """`store_masked` where nobody else writes: the other lanes may be stored again as they were."""
-    if not isinstance(value, Vector):
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored, memory = Register(builder, value, values[1]), VectorMemory(builder, value)
-        if MASK_REGISTERS:
-            memory.store_masked(values[0], stored, values[2])
-        else:
-            mask = Register(builder, value.of(types.boolean), values[2])
-            memory.store(values[0], mask.select(stored, memory.load(values[0])))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value, mask), generate
+    define.__name__ = define.__qualname__ = store.__name__
+    define.__doc__ = store.__doc__
+    return intrinsic(define)
 
 
-@intrinsic
-def store_first(typing: Any, address: Any, value: Any, mask: Any) -> Any:
-    """`store_masked` of the first lanes, as many as ``mask`` has, which `mask_first` made."""
-    if not isinstance(value, Vector):
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        stored = Register(builder, value, values[1])
-        VectorMemory(builder, value).store_first(values[0], stored, values[2])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, value, mask), generate
+store_masked = _storing(VectorMemory.store_masked)
+store_over = _storing(VectorMemory.store_over)
+store_first = _storing(VectorMemory.store_first)
 
 
 LINE = 64
@@ -270,69 +253,6 @@ def prefetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
-
-
-@intrinsic
-def align_stack(typing: Any) -> Any:
-    """Let vectors that the registers have no room for begin where none crosses a cache line.
-
-    The stack is aligned to 16 bytes, and vectors on it are read by instructions that could as well
-    be arithmetic. With the many registers of AVX-512 little is kept there, and nothing done.
-    """
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        if not MASK_REGISTERS:
-            place = cgutils.alloca_once(builder, ir.IntType(64))
-            place.align = 4 * LANES
-            # An instruction that is none needs the place, so that it is not optimized away.
-            kind = ir.FunctionType(ir.VoidType(), [place.type])
-            builder.asm(kind, "", "r", [place], side_effect=True)
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def call_kernel(typing: Any, address: Any, arguments: Any) -> Any:
-    """Call the kernel at ``address`` (of `source.shared`) with a tuple of integers."""
-    kinds: Any = arguments  # whose class numba does not describe as the sequence that it is
-    if not isinstance(arguments, types.BaseTuple):
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        word = ir.IntType(64)
-        block = cgutils.alloca_once(builder, ir.ArrayType(word, len(kinds)))
-        members = cgutils.unpack_tuple(builder, values[1], len(kinds))
-        for place, (member, kind) in enumerate(zip(members, kinds, strict=True)):
-            number = context.cast(builder, member, kind, types.int64)
-            builder.store(number, cgutils.gep_inbounds(builder, block, 0, place))
-        _call(builder, values[0], cgutils.gep_inbounds(builder, block, 0, 0), end=0)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, arguments), generate
-
-
-@intrinsic
-def call_step(typing: Any, address: Any, block: Any) -> Any:
-    """Let the kernel at ``address`` do all its work with the arguments at ``block``."""
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        kernel, first = (
-            context.cast(builder, value, kind, types.int64)
-            for value, kind in zip(values, sig.args, strict=True)
-        )
-        _call(builder, kernel, _pointer(builder, first, ir.IntType(64)), end=WHOLE)
-        return context.get_dummy_value()
-
-    return types.void(address, block), generate
-
-
-def _call(builder: ir.IRBuilder, kernel: ir.Value, arguments: ir.Value, end: int) -> None:
-    """Call the kernel at an address, as thread 0, with the share up to ``end``."""
-    word = ir.IntType(64)
-    function = ir.FunctionType(ir.VoidType(), [word.as_pointer(), word, word, word])
-    share = [int64_constant(number) for number in (0, 0, end)]
-    builder.call(_pointer(builder, kernel, function), [arguments, *share])
 
 
 def lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:
@@ -496,91 +416,3 @@ def write(typing: Any, address: Any, value: Any, element: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, value, element), generate
-
-
-def _transposed(rows: list[Register]) -> list[Register]:
-    """Rows of a square as its columns: blocks of 1, 2, 4, ... lanes change sides."""
-    count = len(rows)
-    step = 1
-    while step < count:
-        low = [lane if not lane & step else count + lane - step for lane in range(count)]
-        high = [lane + step if not lane & step else count + lane for lane in range(count)]
-        for first in (index for index in range(count) if not index & step):
-            a, b = rows[first], rows[first + step]
-            rows[first], rows[first + step] = a.shuffle(low, b), a.shuffle(high, b)
-        step *= 2
-    return rows
-
-
-@intrinsic
-def transpose_tile(
-    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, vector: Any
-) -> Any:
-    """Transpose a square of as many rows as ``vector`` has lanes; rows are so many bytes apart."""
-    kind = named_vector(vector)
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        alignment = max(kind.bits // 8, 1)
-        rows = []
-        for pointer in _row_pointers(builder, kind, values[0], values[1]):
-            rows.append(Register(builder, kind, builder.load(pointer, align=alignment)))
-        pointers = _row_pointers(builder, kind, values[2], values[3])
-        for pointer, row in zip(pointers, _transposed(rows), strict=True):
-            builder.store(row.value, pointer, align=alignment)
-        return context.get_dummy_value()
-
-    addresses = (types.int64,) * 4
-    return types.void(*addresses, vector), generate
-
-
-@intrinsic
-def transpose_corner(
-    typing: Any,
-    source: Any,
-    source_row: Any,
-    target: Any,
-    target_row: Any,
-    rows: Any,
-    columns: Any,
-    vector: Any,
-) -> Any:
-    """`transpose_tile` of the first ``rows`` by ``columns`` elements of the source's square."""
-    kind = named_vector(vector)
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        height, width = values[4], values[5]
-        across = first_lanes(builder, kind, width)
-        down = first_lanes(builder, kind, height)
-        suffix, zero = _masked_suffix(kind), ir.Constant(kind.llvm, None)
-        squares = []
-        for number, pointer in enumerate(_row_pointers(builder, kind, values[0], values[1])):
-            mask = _if_row(builder, across, number, height)
-            arguments = [pointer, _alignment(kind), mask, zero]
-            value = call(builder, f"llvm.masked.load.{suffix}.p0", kind.llvm, arguments)
-            squares.append(Register(builder, kind, value))
-        pointers = _row_pointers(builder, kind, values[2], values[3])
-        for number, (pointer, row) in enumerate(zip(pointers, _transposed(squares), strict=True)):
-            mask = _if_row(builder, down, number, width)
-            arguments = [row.value, pointer, _alignment(kind), mask]
-            call(builder, f"llvm.masked.store.{suffix}.p0", ir.VoidType(), arguments)
-        return context.get_dummy_value()
-
-    addresses = (types.int64,) * 6
-    return types.void(*addresses, vector), generate
-
-
-def _row_pointers(builder: Any, kind: Vector, start: ir.Value, row: ir.Value) -> list[ir.Value]:
-    addresses = [start]
-    for _ in range(kind.lanes - 1):
-        addresses.append(builder.add(addresses[-1], row))
-    return [_pointer(builder, address, kind.llvm) for address in addresses]
-
-
-def _if_row(builder: Any, mask: Register, number: int, rows: ir.Value) -> ir.Value:
-    """The mask for a row, empty if the row is beyond the last."""
-    inside = builder.icmp_signed("<", ir.Constant(ir.IntType(64), number), rows)
-    return builder.select(inside, mask.value, ir.Constant(mask.type.llvm, None))

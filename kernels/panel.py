@@ -11,11 +11,11 @@ from typing import Any
 
 from numba import njit
 
-from graphopt.kernels import memory, simd
+from graphopt.kernels import calls, memory, simd, transposition
 from graphopt.kernels.register import FLOAT32, INT32, LANES
 
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
-call_kernel: Any = memory.call_kernel
+call_kernel: Any = calls.call_kernel
 gather: Any = memory.gather
 load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
@@ -26,7 +26,7 @@ mask_between: Any = simd.mask_between
 mask_first: Any = simd.mask_first
 store: Any = memory.store
 store_over: Any = memory.store_over
-transpose_corner: Any = memory.transpose_corner
+transpose_corner: Any = transposition.transpose_corner
 
 read: Any = memory.read
 select: Any = simd.select
@@ -88,6 +88,7 @@ def pack_taps(
     apart = pitch >= 4 * LANES
     lines = kernel_height if apart else 1
     together = apart and kernel_width == 3 and stride_width == 2 and dilation_width == 1
+    columns = 3 if together else 1
     for vector in range(vectors):
         start = first + vector * LANES
         count = min(pixels - start, LANES)
@@ -101,23 +102,7 @@ def pack_taps(
                 source_row = row * stride_height + y * dilation_height - top
                 source_column = (column - lane) * stride_width - left
                 source = image + 4 * (source_row * width + source_column)
-                if together:
-                    pack_three(
-                        target,
-                        pitch,
-                        source,
-                        plane,
-                        channels,
-                        source_row,
-                        height,
-                        kernel_height,
-                        dilation_height,
-                        source_column,
-                        width,
-                        lane,
-                    )
-                    continue
-                for _ in range(kernel_width):
+                for _ in range(0, kernel_width, columns):
                     pack_pixels(
                         target,
                         pitch,
@@ -133,6 +118,7 @@ def pack_taps(
                         stride_width,
                         width,
                         lane,
+                        columns,
                     )
                     source_column += dilation_width
                     source += 4 * dilation_width
@@ -206,26 +192,40 @@ def pack_pixels(
     stride: int,
     width: int,
     lane: int,
+    columns: int,
 ) -> None:
     """A vector of the columns from ``start`` on in steps of ``stride``, of every channel.
 
     It is taken from each of ``rows`` rows of the image, the first of which is ``row``, the others
     each ``row_step`` further, and goes ``target_step`` further. Lanes before ``lane`` are kept,
     pixels outside of the image are zero. The masks are those of all rows and channels.
+
+    ``columns`` is 1, or 3 for as many neighbouring columns of a kernel in steps of two: most of
+    their pixels are under two of them. What is under one goes behind that under the one before.
     """
     written = ~mask_first(lane, FLOAT32)
-    inside = mask_between(start, stride, width, FLOAT32)
-    low = mask_between(start, 1, width, FLOAT32)
+    # In steps of two, whole vectors are read.
+    low = mask_between(start, 1 if stride == 2 else stride, width, FLOAT32)
     high = mask_between(start + LANES, 1, width, FLOAT32)
+    last = mask_between(start + 2 * LANES, 1, width, FLOAT32)
+    step = channels * pitch
     for _ in range(rows):
         place, origin = target, source
         if row < 0 or row >= height:
-            for _ in range(channels):
+            for _ in range(columns * channels):
                 put(place, broadcast(0.0, FLOAT32), lane, written)
+                place += pitch
+        elif columns == 3:
+            for _ in range(channels):
+                first, second, third = load_three(origin, FLOAT32, low, high, last)
+                put(place, first, lane, written)
+                put(place + step, second, lane, written)
+                put(place + 2 * step, third, lane, written)
+                origin += plane
                 place += pitch
         elif stride == 1:
             for _ in range(channels):
-                put(place, load_masked(origin, FLOAT32, inside), lane, written)
+                put(place, load_masked(origin, FLOAT32, low), lane, written)
                 origin += plane
                 place += pitch
         elif stride == 2:
@@ -235,7 +235,7 @@ def pack_pixels(
                 place += pitch
         else:
             for _ in range(channels):
-                put(place, gather(origin, 4 * stride, FLOAT32, inside), lane, written)
+                put(place, gather(origin, 4 * stride, FLOAT32, low), lane, written)
                 origin += plane
                 place += pitch
         row += row_step
@@ -253,47 +253,6 @@ def put(target: int, value: Any, lane: int, written: Any) -> None:
         store(target, value)
     else:
         store_over(target, value, written)
-
-
-@inlined
-def pack_three(
-    target: int,
-    pitch: int,
-    source: int,
-    plane: int,
-    channels: int,
-    row: int,
-    height: int,
-    rows: int,
-    row_step: int,
-    start: int,
-    width: int,
-    lane: int,
-) -> None:
-    """`pack_pixels` in steps of two for three neighbouring columns of a kernel, which have
-    ``channels`` rows of the panel each: most pixels are under two of them."""
-    written = ~mask_first(lane, FLOAT32)
-    low = mask_between(start, 1, width, FLOAT32)
-    high = mask_between(start + LANES, 1, width, FLOAT32)
-    last = mask_between(start + 2 * LANES, 1, width, FLOAT32)
-    zero = broadcast(0.0, FLOAT32)
-    step = channels * pitch
-    for _ in range(rows):
-        place, origin = target, source
-        outside = row < 0 or row >= height
-        for _ in range(channels):
-            if outside:
-                first, second, third = zero, zero, zero
-            else:
-                first, second, third = load_three(origin, FLOAT32, low, high, last)
-            put(place, first, lane, written)
-            put(place + step, second, lane, written)
-            put(place + 2 * step, third, lane, written)
-            origin += plane
-            place += pitch
-        row += row_step
-        source += 4 * width * row_step
-        target += 3 * step
 
 
 @inlined
@@ -369,6 +328,7 @@ def pack_strips(
                         stride_width,
                         width,
                         lane,
+                        1,
                     )
                     lane += lanes
                     piece_row += piece * stride_height

@@ -27,9 +27,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from graphopt.kernels.calls import align_stack, call_step
 from graphopt.kernels.memory import (
-    align_stack,
-    call_step,
     first_lanes,
     gather,
     load,
@@ -43,8 +42,6 @@ from graphopt.kernels.memory import (
     store,
     store_first,
     store_masked,
-    transpose_corner,
-    transpose_tile,
     write,
 )
 from graphopt.kernels.register import (
@@ -66,6 +63,7 @@ from graphopt.kernels.register import (
     scalar_bits,
     splat,
 )
+from graphopt.kernels.transposition import transpose_corner, transpose_tile
 
 __all__ = [
     "BOOL",

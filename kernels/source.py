@@ -37,6 +37,8 @@ SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64, ty
 _HELPERS = (
     "register.py",
     "memory.py",
+    "calls.py",
+    "transposition.py",
     "simd.py",
     "stream.py",
     "elementary.py",
@@ -83,7 +85,7 @@ def build(name: str, text: str) -> Entry:
 def shared(function: Any) -> Entry:
     """An entry that calls a function of the vocabulary, all whose arguments are integers.
 
-    Kernels that use `memory.call_kernel` on its address do not contain the function, which then is
+    Kernels that use `calls.call_kernel` on its address do not contain the function, which then is
     compiled once instead of with each of them.
     """
     name = function.__name__

@@ -263,8 +263,8 @@ class _Column:
 
         turns = builder.sdiv(given["depth"], count)
         with cgutils.for_range(builder, turns) as loop:
+            first = builder.mul(loop.index, count)
             for number in range(len(self.sums)):
-                first = builder.mul(loop.index, count)
                 add(builder.add(first, int64_constant(number)), number)
         done = builder.mul(turns, count)
         with cgutils.for_range(builder, builder.sub(given["depth"], done)) as loop:

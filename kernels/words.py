@@ -12,6 +12,7 @@ from llvmlite import binding, ir
 from numba import njit, types
 
 from graphopt.kernels import memory, simd
+from graphopt.kernels.panel import put
 from graphopt.kernels.register import (
     FEATURES,
     INT32,
@@ -32,7 +33,6 @@ mask_first: Any = simd.mask_first
 read: Any = memory.read
 select: Any = simd.select
 store: Any = memory.store
-store_over: Any = memory.store_over
 
 inlined: Any = njit(error_model="numpy", nogil=True)
 """For functions that become part of the kernels that call them."""
@@ -239,29 +239,23 @@ def _pack_pixels(
     written = ~mask_first(lane, INT32)
     inside = mask_between(start, stride, width, INT32)
     if stride == 1:
-        if lane == 0:
-            for _ in range(planes):
-                store(target, select(inside, load_masked(source, INT32, inside), outside))
-                source += plane
-                target += pitch
-        else:
-            for _ in range(planes):
-                value = select(inside, load_masked(source, INT32, inside), outside)
-                store_over(target, value, written)
-                source += plane
-                target += pitch
+        for _ in range(planes):
+            value = select(inside, load_masked(source, INT32, inside), outside)
+            put(target, value, lane, written)
+            source += plane
+            target += pitch
     elif stride == 2:
         low = mask_between(start, 1, width, INT32)
         high = mask_between(start + LANES, 1, width, INT32)
         for _ in range(planes):
             value = select(inside, load_even(source, INT32, low, high), outside)
-            store_over(target, value, written)
+            put(target, value, lane, written)
             source += plane
             target += pitch
     else:
         for _ in range(planes):
             value = select(inside, gather(source, 4 * stride, INT32, inside), outside)
-            store_over(target, value, written)
+            put(target, value, lane, written)
             source += plane
             target += pitch
 

@@ -132,15 +132,14 @@ def ratio(
         constants: of each kernel, the array of each input that is constant, None for the others.
         threads: size of the team.
     """
-    key = key_of("\0".join(_key(one, threads) for one in kernels))
+    key = key_of("\0".join(("sequence", *(_key(one, threads) for one in kernels))))
     known = remembered([key])
     if known is not None:
         return known[0]
     # What is not constant is in both the image and, in the same order, the further operands.
     sets = _sets(kernels[0].problem, constants[0])
-    whole, parts = _measure(
-        [(kernels[:1], constants[:1]), (kernels[1:], constants[1:])], [sets] * 2, threads
-    )
+    sequences = [(kernels[:1], constants[:1]), (kernels[1:], constants[1:])]
+    whole, parts = _measure(sequences, sets, threads)
     remember({key: whole / parts})
     return whole / parts
 
@@ -162,7 +161,7 @@ def measure(
     as well, though most of the shorter time passes meanwhile.
     """
     sets = _sets(timed[0].problem, constants)
-    return _measure([([one], [constants]) for one in timed], [sets] * len(timed), threads)
+    return _measure([([one], [constants]) for one in timed], sets, threads)
 
 
 _Sequence = tuple[Sequence[Candidate], Sequence[Sequence[np.ndarray | None]]]
@@ -170,16 +169,16 @@ _Sequence = tuple[Sequence[Candidate], Sequence[Sequence[np.ndarray | None]]]
 
 
 def _measure(
-    sequences: Sequence[_Sequence], sets: Sequence[list[list[torch.Tensor]]], threads: int
+    sequences: Sequence[_Sequence], sets: Sequence[Sequence[torch.Tensor]], threads: int
 ) -> list[float]:
-    """Seconds of each sequence, with its own sets of inputs."""
+    """Seconds of each sequence, with the same sets of inputs."""
     packed = [
         [one.pack(own) for one, own in zip(kernels, constants, strict=True)]
         for kernels, constants in sequences
     ]
     programs = [
-        (_program(kernels, constants, threads, arrays), inputs)
-        for (kernels, constants), arrays, inputs in zip(sequences, packed, sets, strict=True)
+        (_program(kernels, constants, threads, arrays), sets)
+        for (kernels, constants), arrays in zip(sequences, packed, strict=True)
     ]
     fetching = [
         sum(array.nbytes for arrays in own for array in arrays) / MEMORY_SPEED for own in packed
@@ -266,16 +265,15 @@ def _program(
     made: list[tuple[int, str, int]] = []
     for number, (one, own, arrays) in enumerate(zip(kernels, constants, packed, strict=True)):
         problem = one.problem
-        keys = [
-            *made[:1],
-            *((number, "input", i) for i in range(len(made[:1]), len(problem.inputs))),
-        ]
+        keys = [(number, "input", place) for place in range(len(problem.inputs))]
+        if made:
+            keys[0] = made[0]
         for key, (operand, constant) in zip(keys, _with_constants(problem, own), strict=True):
             if constant is not None:
                 builder.add_constant(key, constant)
-            elif key not in made:
+            elif key[0] == number:
                 builder.add_input(key, _memory(operand), getattr(torch, operand.dtype))
-        made = [(number, "output", i) for i in range(len(problem.outputs))]
+        made = [(number, "output", place) for place in range(len(problem.outputs))]
         for key, operand in zip(made, problem.outputs, strict=True):
             builder.add_buffer(key, _memory(operand), getattr(torch, operand.dtype))
         builder.add_kernel(

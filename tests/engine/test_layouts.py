@@ -69,14 +69,16 @@ def padded(network: nn.Module, x: Tensor) -> int:
     return sum(plane > 0 for plane in planes.values())
 
 
-@pytest.mark.parametrize("size", [7, 14, 16])
+# Between the blocks, in front of the first and of each expansion; the head knows of none. With
+# short vectors, planes of 7 x 7 would lie in the same few sets of the first cache, and of 16 x 16
+# pixels only 96 channels, not 64, are expected to be read faster in place than from a copy.
+PADDED = {7: 4, 14: 4, 16: 4} if LANES == 16 else {7: 0, 14: 4, 16: 2}
+
+
+@pytest.mark.parametrize("size", PADDED)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_images_of_sparse_products(network: Bottlenecks, size: int, batch: int) -> None:
-    # Between the blocks, in front of the first and of each expansion; the head knows of none. Short
-    # vectors divide other planes, and of small ones all rows would be in the same few cache sets.
-    expected = {16: {7: 4, 14: 4, 16: 4}, 8: {7: 0, 14: 4, 16: 2}}
-    found = padded(network, torch.randn(batch, 3, size, size))
-    assert found == expected.get(LANES, {size: found})[size]
+    assert padded(network, torch.randn(batch, 3, size, size)) == PADDED[size]
 
 
 def test_planes_that_fill_their_lines(network: Bottlenecks) -> None:

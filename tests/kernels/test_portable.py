@@ -57,7 +57,6 @@ SELECTION = [
     "test_sparse_strips.py::test_shapes[4-narrow]",
     "test_shares.py::test_every_task_has_one_thread",
     "test_sparse_vector.py::test_one_row",
-    "test_stream.py",
     "test_weight_only_matmul.py::test_sizes",
     "test_sparse_vector.py::test_a_zero_weight_multiplies_nothing",
     "test_stream.py",
