@@ -6,11 +6,14 @@ so that a network's kernels can be shared out among the processors.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,8 +26,9 @@ LEAST = 4
 """Kernels from which another process, which needs a second to start, is worth it."""
 
 _WORKER = """
-import importlib.util, pickle, sys, types
-package, sources = pickle.load(sys.stdin.buffer)
+import gc, importlib.util, pickle, sys, types
+gc.disable()
+package = pickle.load(sys.stdin.buffer)
 sys.modules["graphopt"] = parent = types.ModuleType("graphopt")
 parent.__path__ = []
 spec = importlib.util.spec_from_file_location(
@@ -33,7 +37,13 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["graphopt.kernels"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from graphopt.kernels import source
-for name, text in sources:
+while True:
+    sys.stdout.buffer.write(b"+")
+    sys.stdout.buffer.flush()
+    try:
+        name, text = pickle.load(sys.stdin.buffer)
+    except EOFError:
+        break
     source.build(name, text)
 """
 """Has the kernels without the compiler above them, and so without torch."""
@@ -51,39 +61,65 @@ def compile_ahead(wanted: Mapping[str, Source], processes: int) -> None:
     missing = [one for key, one in wanted.items() if not source.is_compiled(key)]
     if len(missing) < LEAST or processes < 2 or not sys.executable:
         return
-    missing.sort(key=lambda one: len(one.text), reverse=True)
-    # Others begin later, so that this process takes one more.
-    count = min(processes, len(missing) // 2)
-    shares = [missing[place + 1 :: count] for place in range(count)]
-    shares[-1].append(missing[0])
-    workers: list[subprocess.Popen[bytes]] = []
+    # Whoever has time takes the next, the largest first: nobody is left with one at the end.
+    queue = deque(sorted(missing, key=lambda one: one.size, reverse=True))
+    workers: list[_Worker] = []
     try:
-        for share in shares[:-1]:
-            workers.append(_started(share))
-        for one in shares[-1]:
+        for _ in range(min(processes, len(missing) // 2) - 1):
+            workers.append(_Worker(queue))
+        while (one := _next(queue)) is not None:
             source.build(one.name, one.text)
         for worker in workers:
-            if worker.wait() != 0:
-                _log.warning("a process that compiles kernels ended with %d", worker.returncode)
+            worker.finish()
     except OSError as error:
         _log.warning("no process that compiles kernels can be started: %s", error)
     finally:
         for worker in workers:
-            worker.kill()
-            worker.wait()
+            worker.end()
 
 
-def _started(share: list[Source]) -> subprocess.Popen[bytes]:
-    """A process that compiles a share."""
-    worker = subprocess.Popen(
-        [sys.executable, "-c", _WORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ,
-    )
-    assert worker.stdin is not None
-    task = (str(Path(__file__).parent), [(one.name, one.text) for one in share])
-    with worker.stdin as pipe:
-        pipe.write(pickle.dumps(task))
-    return worker
+def _next(queue: deque[Source]) -> Source | None:
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None
+
+
+class _Worker:
+    """A process that compiles what it is given, and the thread that gives it the next."""
+
+    def __init__(self, queue: deque[Source]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ,
+        )
+        self._thread = threading.Thread(target=self._feed, args=(queue,), daemon=True)
+        self._thread.start()
+
+    def _feed(self, queue: deque[Source]) -> None:
+        given, ready = self._process.stdin, self._process.stdout
+        assert given is not None
+        assert ready is not None
+        with contextlib.suppress(BrokenPipeError), given:  # its end says why
+            given.write(pickle.dumps(str(Path(__file__).parent)))
+            given.flush()
+            while ready.read(1) and (one := _next(queue)) is not None:
+                given.write(pickle.dumps((one.name, one.text)))
+                given.flush()
+
+    def finish(self) -> None:
+        """Wait for what it has been given."""
+        self._thread.join()
+        if self._process.wait() != 0:
+            _log.warning("a process that compiles kernels ended with %d", self._process.returncode)
+
+    def end(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()

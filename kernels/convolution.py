@@ -21,6 +21,7 @@ import numpy as np
 
 from graphopt.kernels import matmul, panel, source
 from graphopt.kernels.caches import SECOND_CACHE
+from graphopt.kernels.epilogue import Epilogue, ExtraOperand, epilogue_supported, image_strides
 from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.operand import ConstantOperand, Layout, Operand
 from graphopt.kernels.problem import ConvolutionProblem, MatmulProblem
@@ -44,12 +45,8 @@ from graphopt.kernels.tile import (
     TILES,
     VOCABULARY,
     WORTH_SHARING,
-    Epilogue,
-    ExtraOperand,
     TileShape,
-    epilogue_supported,
     fill,
-    image_strides,
     multiply_lines,
 )
 
@@ -168,7 +165,12 @@ class ConvolutionCandidate(Candidate):
         team = self._team(threads)
         block, epilogue = self._arguments(_blocking(self.image, self.tile, team))
         name = f"convolution_{self.tile.height}x{self.tile.width}"
-        text = kernel_text(block, _lines(self.tile, epilogue), (*VOCABULARY, "shares"))
+        text = kernel_text(
+            block,
+            _lines(self.tile, epilogue),
+            (*VOCABULARY, "shares"),
+            epilogue.functions(),
+        )
         entry = source.build(name, text)
         return (Step(entry, (*block.values, *epilogue.immediates), team > 1, block.tasks),)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from graphopt.kernels import source
 from graphopt.kernels.convolution import Image, image_of
+from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
@@ -26,7 +27,6 @@ from graphopt.kernels.tile import (
     VECTORS_PER_CYCLE,
     VOCABULARY,
     WORTH_SHARING,
-    Epilogue,
     fill,
 )
 from graphopt.kernels.window import Extras, Windows, bands_of
@@ -75,7 +75,8 @@ class StripCandidate(Candidate):
         epilogue = Epilogue(extras.expression, extras.operands, len(block.names))
         kernel = "x".join(map(str, image.kernel))
         name = f"depthwise_{kernel}_{image.stride[0]}{image.stride[1]}_{self.strip}"
-        text = kernel_text(block, _strip_lines(image, self.strip, extras, epilogue), VOCABULARY)
+        lines = _strip_lines(image, self.strip, extras, epilogue)
+        text = kernel_text(block, lines, VOCABULARY, epilogue.functions())
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, parallel, block.tasks),)

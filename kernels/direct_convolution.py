@@ -15,6 +15,7 @@ import numpy as np
 
 from graphopt.kernels import source
 from graphopt.kernels.convolution import Image, epilogue_starts, image_epilogue, image_of
+from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
@@ -35,7 +36,6 @@ from graphopt.kernels.tile import (
     VECTORS_PER_CYCLE,
     VOCABULARY,
     WORTH_SHARING,
-    Epilogue,
     TileShape,
     fill,
 )
@@ -82,7 +82,7 @@ class DirectCandidate(Candidate):
 
     def build(self, threads: int) -> tuple[Step, ...]:
         block, epilogue = self._arguments()
-        text = kernel_text(block, _lines(self.tile, epilogue), VOCABULARY)
+        text = kernel_text(block, _lines(self.tile, epilogue), VOCABULARY, epilogue.functions())
         entry = source.build(f"direct_convolution_{self.tile}", text)
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
@@ -137,13 +137,16 @@ def _cycles(image: Image, tile: TileShape) -> float:
 def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
     rows, columns = range(tile.height), range(tile.width)
+    sums = ", ".join(f"s{row}_{v}" for row in rows for v in columns)
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
         "zero": [f"s{row}_{v} = broadcast(0.0, FLOAT32)" for row in rows for v in columns],
         "products": _product_lines(rows, columns),
         "starts": epilogue_starts(epilogue),
-        "finish": epilogue.tile_lines(tile.height, tile.width, whole=tile.width),
+        "finish": [
+            epilogue.tile_line(f"({sums})", tile.width, tile.width, str(tile.width * LANES))
+        ],
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
 

@@ -18,14 +18,15 @@ from graphopt.kernels.expression import Expression, Instruction
 class Emission:
     """Kernel text for an expression.
 
-    ``prologue`` belongs before the loops: it reads the literals from the argument block, where the
-    kernel's caller puts ``immediates``. ``body`` computes the variables ``results`` from those
-    that hold the inputs. Lines are not indented.
+    ``prologue`` belongs before the loops: it reads the variables ``literals`` from the argument
+    block, where the kernel's caller puts ``immediates``. ``body`` computes the variables
+    ``results`` from those and the ones that hold the inputs. Lines are not indented.
     """
 
     prologue: tuple[str, ...]
     body: tuple[str, ...]
     results: tuple[str, ...]
+    literals: tuple[str, ...]
     immediates: tuple[int, ...]
 
 
@@ -45,7 +46,11 @@ def emit(
         values.append(emitter.instruction(instruction, values))
     results = tuple(values[result.index][0] for result in expression.results)
     return Emission(
-        tuple(emitter.prologue), tuple(emitter.body), results, tuple(emitter.immediates)
+        tuple(emitter.prologue),
+        tuple(emitter.body),
+        results,
+        tuple(emitter.literals),
+        tuple(emitter.immediates),
     )
 
 
@@ -93,6 +98,7 @@ class _Emitter:
     prefix: str
     prologue: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
+    literals: list[str] = field(default_factory=list)
     immediates: list[int] = field(default_factory=list)
     _names: int = 0
     _conversions: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -115,6 +121,7 @@ class _Emitter:
         place = self.argument + len(self.immediates)
         scalar = _READERS.get(dtype, "arguments[{}]").format(place)
         self.prologue.append(f"{name} = broadcast({scalar}, {dtype.upper()})")
+        self.literals.append(name)
         self.immediates.append(bits)
         return name
 

@@ -165,10 +165,21 @@ def indent(levels: int, lines: Iterable[str]) -> list[str]:
 
 
 def kernel_text(
-    arguments: Arguments, body: Iterable[str], vocabulary: Sequence[str] = ("elementary", "simd")
+    arguments: Arguments,
+    body: Iterable[str],
+    vocabulary: Sequence[str] = ("elementary", "simd"),
+    functions: Sequence[str] = (),
 ) -> str:
-    """A kernel's module; ``vocabulary`` lists the modules here whose names it uses."""
+    """A kernel's module.
+
+    Args:
+        arguments: what it reads first.
+        body: its lines after that.
+        vocabulary: the modules here whose names it uses.
+        functions: lines that define functions it calls.
+    """
     imports = [f"from graphopt.kernels.{module} import *" for module in vocabulary]
     body = ["align_stack()", *arguments.read(), *body]
     kernel = ["def kernel(arguments, thread, begin, end):", *indent(1, body)]
-    return "\n".join(["import math", "", *imports, "", "", *kernel]) + "\n"
+    before = ["", "", *functions] if functions else []
+    return "\n".join(["import math", "", *imports, *before, "", "", *kernel]) + "\n"

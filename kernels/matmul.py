@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from graphopt.kernels import source
+from graphopt.kernels.epilogue import Epilogue, ExtraOperand, epilogue_supported
 from graphopt.kernels.loops import SHARE, Arguments, broadcast_strides, collapse, kernel_text
 from graphopt.kernels.operand import ITEM_BYTES, ConstantOperand, Operand
 from graphopt.kernels.problem import MatmulProblem
@@ -38,10 +39,7 @@ from graphopt.kernels.tile import (
     TILES,
     VOCABULARY,
     WORTH_SHARING,
-    Epilogue,
-    ExtraOperand,
     TileShape,
-    epilogue_supported,
     fill,
     multiply_lines,
 )
@@ -140,7 +138,7 @@ class MatmulCandidate(Candidate):
         block, epilogue = self._arguments(threads if parallel else 1)
         once = self._packed and self.product.rows <= self.tile.height
         body = _lines(self.tile, epilogue, self._packed, once)
-        text = kernel_text(block, body, VOCABULARY)
+        text = kernel_text(block, body, VOCABULARY, epilogue.functions())
         entry = source.build(f"matmul_{self.tile.height}x{self.tile.width}", text)
         return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
 

@@ -143,8 +143,11 @@ class VectorMemory:
 
     def broadcast(self, address: ir.Value) -> Register:
         """The number at ``address`` in every lane."""
-        pointer = self.builder.inttoptr(address, self.vector.llvm_element.as_pointer())
-        return splat(self.builder, self.vector, self.builder.load(pointer, align=self.alignment))
+        element = _in_memory(self.vector).element
+        value = self.builder.load(_pointer(self.builder, address, element), align=self.alignment)
+        if self.vector.bits == 1:
+            value = self.builder.icmp_unsigned("!=", value, ir.Constant(element, 0))
+        return splat(self.builder, self.vector, value)
 
     def _name(self, verb: str) -> str:
         return f"llvm.masked.{verb}.{_masked_suffix(self.vector)}.p0"

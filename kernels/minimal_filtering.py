@@ -12,10 +12,11 @@ from typing import ClassVar
 from graphopt.kernels import source
 from graphopt.kernels.caches import SECOND_CACHE
 from graphopt.kernels.convolution import Image, epilogue_starts
+from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import Arguments, indent, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, Step
-from graphopt.kernels.tile import VOCABULARY, WORTH_SHARING, Epilogue
+from graphopt.kernels.tile import VOCABULARY, WORTH_SHARING
 
 KEPT_BYTES = SECOND_CACHE * 2 // 3
 """Bytes of pixels and products that the second cache holds beside what passes through it."""
@@ -42,7 +43,7 @@ class FilteringCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         team = self._team(threads)
         block, epilogue = self._arguments(team)
-        text = kernel_text(block, self._lines(epilogue), VOCABULARY)
+        text = kernel_text(block, self._lines(epilogue), VOCABULARY, epilogue.functions())
         entry = source.build(self._name, text)
         return (Step(entry, (*block.values, *epilogue.immediates), team > 1, block.tasks),)
 

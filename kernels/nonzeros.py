@@ -51,7 +51,7 @@ WIDTHS = (
     {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6, 7), 2: (4, 6), 4: (2,)}
 )
 """Vectors of a panel, by rows that share their columns."""
-_TAIL_WIDTHS = (3, 4) if LANES == 16 else (3, 4, 6)
+_TAIL_WIDTHS = (3, 4) if LANES == 16 else (4, 6)
 """The same of panels of which the last has a tail."""
 _TAILS = tuple(lanes for lanes in (4, 8) if lanes < LANES)
 """Lanes of narrower vectors."""
@@ -185,9 +185,21 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
     tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
     widths = [width for width in _TAIL_WIDTHS if tail and vectors and vectors % width == 0]
     if not widths:
-        widths, tail, vectors = list(WIDTHS[rows]), 0, math.ceil(columns / LANES)
+        tail, vectors = 0, math.ceil(columns / LANES)
+        widths = _fitting(WIDTHS[rows], vectors)
     staying = [width for width in widths if _stays(width, tail, vectors, pitch)]
     return (staying, tail, pitch) if staying else (widths, tail, 0)
+
+
+def _fitting(widths: Sequence[int], vectors: int) -> list[int]:
+    """The widths but for the first, where registers are few and a wider one wastes no more.
+
+    Each width takes kernels of its own, and narrow ones keep less of what they load.
+    """
+    wasted = [-vectors % width for width in widths]
+    if LANES == 16 or len(widths) == 1 or wasted[0] < min(wasted[1:]):
+        return list(widths)
+    return list(widths[1:])
 
 
 def _stays(width: int, tail: int, vectors: int, pitch: int) -> bool:
@@ -306,8 +318,13 @@ def _streams(
 
 
 def wait_line(schedule: Schedule, tail: bool) -> str:
-    """The line that stores ``tile`` at ``sums``; ``tail`` for a panel with one."""
-    return f"store_sums(sums, tile, {_shape(schedule, tail)})"
+    """The line that stores a tile at ``sums``; ``tail`` for a panel with one."""
+    return f"store_sums(sums, {tile_name(tail)}, {_shape(schedule, tail)})"
+
+
+def tile_name(tail: bool) -> str:
+    """The variable that holds a tile, which is another where it has a tail."""
+    return "longer" if tail else "tile"
 
 
 def _shape(schedule: Schedule, tail: bool) -> str:
@@ -329,31 +346,26 @@ def product_lines(
     ``first_block``, whether there are no sums yet; where the schedule has a tail, also ``has_tail``
     and the ``tail_step`` of the address ``tail``. ``before`` and ``finish`` (``finish_tail``
     for a panel with a tail) are the lines around each row group, with its ``number`` and the
-    address ``sums`` of its own; at the end ``tile`` is what `multiply_stream` returns.
+    address ``sums`` of its own; at the end the variable `tile_name` is what `multiply_stream`
+    returns.
     """
-    whole = _product_lines(schedule, before, finish, tail=False)
-    if not schedule.tail:
-        return whole
-    tail = _product_lines(schedule, before, finish_tail, tail=True)
-    return ["if has_tail:", *indent(1, tail), "else:", *indent(1, whole)]
-
-
-def _product_lines(
-    schedule: Schedule, before: Sequence[str], finish: Sequence[str], tail: bool
-) -> list[str]:
-    rows = "panel, step, tail, tail_step" if tail else "panel, step, panel, 0"
-    operands = f"p, count, {rows}, sums, first_block, {_shape(schedule, tail)}"
-    parts = {
-        "before": before,
-        "multiply": [f"tile = multiply_stream({operands})"],
-        "finish": finish,
-    }
+    parts = {"before": before, "tile": _tile_lines(schedule, finish, tail=False)}
+    if schedule.tail:
+        tail = _tile_lines(schedule, finish_tail, tail=True)
+        parts["tile"] = ["if has_tail:", *indent(1, tail), "else:", *indent(1, parts["tile"])]
     sizes = {
         "SUMS": schedule.rows * schedule.sums_step,
         "FOURS": four_bytes(schedule.rows),
         "SINGLES": single_bytes(schedule.rows),
     }
     return fill(_BODY, parts, sizes)
+
+
+def _tile_lines(schedule: Schedule, finish: Sequence[str], tail: bool) -> list[str]:
+    """Lines that multiply a row group, and what follows."""
+    rows = "panel, step, tail, tail_step" if tail else "panel, step, panel, 0"
+    operands = f"p, count, {rows}, sums, first_block, {_shape(schedule, tail)}"
+    return [f"{tile_name(tail)} = multiply_stream({operands})", *finish]
 
 
 _BODY = """
@@ -366,9 +378,8 @@ while members > 0:
         p += 4
         sums = all_sums + number * SUMS
         <before>
-        <multiply>
+        <tile>
         p += (count >> 2) * FOURS + (count & 3) * SINGLES
-        <finish>
         members -= 1
     members = read(p + 4, INT32)
 """

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
+from graphopt.kernels.epilogue import Epilogue, epilogue_supported, image_strides
 from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.operand import Layout, Operand
 from graphopt.kernels.problem import AdaptivePoolingProblem, PoolingProblem
@@ -30,15 +31,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import (
-    CYCLES_PER_SECOND,
-    VOCABULARY,
-    WORTH_SHARING,
-    Epilogue,
-    epilogue_supported,
-    fill,
-    image_strides,
-)
+from graphopt.kernels.tile import CYCLES_PER_SECOND, VOCABULARY, WORTH_SHARING, fill
 from graphopt.kernels.window import Extras, bands_of
 
 _STRIP = 4
@@ -112,7 +105,7 @@ class PoolingCandidate(Candidate):
         block.add_all(values | self.extras.arguments(self.out_size[1]))
         epilogue = Epilogue(self.extras.expression, self.extras.operands, len(block.names))
         name = "max_pool" if self.counts is None else "avg_pool"
-        text = kernel_text(block, self._lines(epilogue), VOCABULARY)
+        text = kernel_text(block, self._lines(epilogue), VOCABULARY, epilogue.functions())
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, parallel, block.tasks),)

@@ -10,9 +10,10 @@ and denormals behave as IEEE 754 says.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from llvmlite import ir
 from numba import types
@@ -366,6 +367,7 @@ def _vector_among(arguments: tuple[types.Type, ...]) -> Vector | None:
     return vectors[-1]
 
 
+@functools.cache
 def _result_type(emit: Callable[..., Register], arguments: tuple[types.Type, ...]) -> Vector:
     """The type of what ``emit`` returns, found by emitting into a function that is thrown away."""
     vector = _vector_among(arguments)
@@ -408,22 +410,48 @@ def operation(emit: Callable[..., Register]) -> Any:
     return intrinsic(define)
 
 
-def _overload(python: Callable[..., Any], emit: Callable[..., Register]) -> None:
-    """Give Python's operator ``python`` its meaning on vectors."""
+_OF_INTEGERS: dict[Any, Any] = {
+    **dict.fromkeys((operator.add, operator.sub, operator.mul), types.int64),
+    **dict.fromkeys((operator.iadd, operator.isub, operator.imul), types.int64),
+    **dict.fromkeys((operator.floordiv, operator.mod, operator.and_, operator.or_), types.int64),
+    **dict.fromkeys((operator.lt, operator.le, operator.gt, operator.ge), types.boolean),
+    **dict.fromkeys((operator.eq, operator.ne), types.boolean),
+}
+"""The types of what operators make of two int64, as Numba itself knows."""
+
+
+def _infer_first(python: Callable[..., Any], result: Callable[..., Vector | None]) -> None:
+    """Let ``result`` say what ``python`` makes of operands of some types, or nothing.
+
+    It is asked before the templates for all targets. Those are many, NumPy's among them, and to
+    hear from each that it does not fit took most of the time that Numba needed for a kernel.
+    """
 
     @infer_global(python)
     class Template(AbstractTemplate):
+        metadata: ClassVar = {"target": "cpu"}
+
         def generic(self, args: Any, kws: Any) -> Any:
-            if _vector_among(args) is None or len(args) != emit.__code__.co_argcount:
-                return None
-            return signature(_result_type(emit, args), *args)
+            integers = args == (types.int64, types.int64)
+            kind = _OF_INTEGERS.get(python) if integers else result(args)
+            return signature(kind, *args) if kind is not None else None
+
+
+def _overload(python: Callable[..., Any], emit: Callable[..., Register]) -> None:
+    """Give Python's operator ``python`` its meaning on vectors."""
+    count = emit.__code__.co_argcount
+
+    def result(arguments: Any) -> Vector | None:
+        fits = len(arguments) == count and _vector_among(arguments) is not None
+        return _result_type(emit, arguments) if fits else None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
         vector = _vector_among(sig.args)
         assert vector is not None
         return emit(*_registers(context, builder, sig.args, values, vector)).value
 
-    if emit.__code__.co_argcount == 1:
+    _infer_first(python, result)
+    if count == 1:
         lower_builtin(python, Vector)(generate)
         return
     for kinds in ((Vector, Vector), (Vector, types.Any), (types.Any, Vector)):
@@ -443,3 +471,5 @@ _overload(operator.eq, lambda a, b: a.equal(b))
 _overload(operator.ne, lambda a, b: a.not_equal(b))
 _overload(operator.neg, lambda a: -a)
 _overload(operator.invert, lambda a: ~a)
+for _python in (operator.floordiv, operator.mod):
+    _infer_first(_python, lambda arguments: None)

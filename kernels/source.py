@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -42,6 +43,7 @@ _HELPERS = (
     "simd.py",
     "stream.py",
     "elementary.py",
+    "finish.py",
     "panel.py",
     "shares.py",
     "tile.py",
@@ -52,10 +54,11 @@ _HELPERS = (
 
 @dataclass(frozen=True)
 class Source:
-    """What `build` is given."""
+    """What `build` is given; ``size`` are characters of all that it compiles, roughly."""
 
     name: str
     text: str
+    size: int
 
 
 _wanted: ContextVar[dict[str, Source] | None] = ContextVar("wanted", default=None)
@@ -64,16 +67,17 @@ _lock = threading.RLock()
 _compilations = itertools.count()
 
 
-def build(name: str, text: str) -> Entry:
+def build(name: str, text: str, size: int = 0) -> Entry:
     """Compile ``text``, a module that defines ``kernel(arguments, thread, begin, end)``.
 
-    ``name`` is for people (profilers show it) and must be an identifier. The result is remembered
-    in this process and on disk; safe to call from several threads and processes at once.
+    ``name`` is for people (profilers show it) and must be an identifier, ``size`` the length of
+    what it calls. The result is remembered in this process and on disk; safe to call from several
+    threads and processes at once.
     """
     key = _key(name, text)
     wanted = _wanted.get()
     if wanted is not None:
-        wanted[key] = Source(name, text)
+        wanted[key] = Source(name, text, len(text) + size)
         return Entry(0, name)
     with _lock:
         entry = _entries.get(key)
@@ -95,7 +99,7 @@ def shared(function: Any) -> Entry:
         f"from {function.__module__} import {name}\n\n\n"
         f"def kernel(arguments, thread, begin, end):\n    {name}({values})\n"
     )
-    return build(name, text)
+    return build(name, text, len(inspect.getsource(sys.modules[function.__module__])))
 
 
 @contextlib.contextmanager
@@ -130,6 +134,24 @@ def _environment() -> str:
 
 
 def _compile(name: str, text: str, key: str) -> Entry:
+    with _without_collection():
+        return _compiled(name, text, key)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for garbage meanwhile: Numba makes so many objects that it would look often, each
+    time through all that the program has, which takes a sixth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _compiled(name: str, text: str, key: str) -> Entry:
     place = cache.path("kernels", key, f"{name}.py")
     try:
         compiled = _load(_written(place, text), name, key)

@@ -21,6 +21,7 @@ from graphopt.kernels.convolution import (
     image_of,
     pack_cycles,
 )
+from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import Arguments, indent, kernel_text
 from graphopt.kernels.nonzeros import (
     VOCABULARY,
@@ -30,6 +31,7 @@ from graphopt.kernels.nonzeros import (
     product_cycles,
     product_lines,
     schedules,
+    tile_name,
     wait_line,
 )
 from graphopt.kernels.operand import ConstantOperand
@@ -46,13 +48,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.shares import panel_shares, share_lines
-from graphopt.kernels.tile import (
-    CYCLES_PER_SECOND,
-    VECTORS_PER_CYCLE,
-    WORTH_SHARING,
-    Epilogue,
-    fill,
-)
+from graphopt.kernels.tile import CYCLES_PER_SECOND, VECTORS_PER_CYCLE, WORTH_SHARING, fill
 from graphopt.kernels.zeros import ZeroPattern
 
 _READ_CYCLES = 3
@@ -89,7 +85,7 @@ class SparseConvolutionCandidate(Candidate):
 
     @property
     def _pack(self) -> int:
-        """The address of what copies a panel."""
+        """The address of what copies a panel; 0 where it stays."""
         return 0 if self.schedule.pitch else source.shared(panel.pack_taps).address
 
     @staticmethod
@@ -145,7 +141,7 @@ class SparseConvolutionCandidate(Candidate):
         block = self._arguments()
         epilogue = image_epilogue(self.problem, self.image, block)
         name = f"sparse_convolution_{self.schedule.rows}x{self.schedule.width}"
-        text = kernel_text(block, self._lines(epilogue), VOCABULARY)
+        text = kernel_text(block, self._lines(epilogue), VOCABULARY, epilogue.functions())
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
@@ -186,8 +182,8 @@ class SparseConvolutionCandidate(Candidate):
             "prologue": epilogue.prologue(),
             "share": share_lines("panels"),
             "place": fill(_PLACE, {}, sizes),
-            "panel": fill(_IN_PLACE if schedule.pitch else _PACK, {}, sizes),
-            "tail": _tail_lines(schedule, sizes),
+            "panel": fill(_PANEL, {}, sizes),
+            "tail": fill(_TAIL, {}, sizes) if schedule.tail else [],
             "product": product_lines(
                 schedule,
                 _finish_lines(schedule, epilogue, tail=False),
@@ -238,33 +234,19 @@ def _schedules(image: Image, zeros: ZeroPattern) -> Iterable[Schedule]:
     return schedules(zeros, depth, image.pixels, image.taps, image.out_size[1], pitch)
 
 
-def _tail_lines(schedule: Schedule, sizes: dict[str, int]) -> list[str]:
-    """Lines that find out whether a panel has a tail, and where."""
-    if not schedule.tail:
-        return []
-    tail = fill(_TAIL_IN_PLACE, {}, sizes)
-    if not schedule.pitch:
-        copy = ["if has_tail:", *indent(1, fill(_PACK_TAIL, {}, sizes))]
-        tail = [f"tail_step = {schedule.tail_step}", *copy]
-    return ["has_tail = panel_number + 1 == panels", *tail]
-
-
 def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[str]:
     """Lines that store a tile: as sums that wait, or finished."""
-    rows, width = schedule.rows, schedule.width
-    vectors = width + tail
-    names = [f"s{row}_{vector}" for row in range(rows) for vector in range(vectors)]
-    store = epilogue.tile_lines(rows, vectors, whole=width)
+    width = schedule.width
+    store = [epilogue.tile_line(tile_name(tail), width + tail, whole=width)]
     if not tail:
-        partial = epilogue.tile_lines(rows, vectors, whole=0)
-        store = [f"if columns >= {width} * LANES:", *indent(1, store), "else:", *indent(1, partial)]
+        part = epilogue.tile_line("tile", width, whole=0)
+        store = [f"if columns >= {width} * LANES:", *indent(1, store), "else:", f"    {part}"]
     parts = {
         "wait": [wait_line(schedule, tail)],
         "starts": epilogue_starts(epilogue),
-        "take": [f"{', '.join(names)} = tile"],
         "store": store,
     }
-    return fill(_FINISH, parts, {"ROWS": rows})
+    return fill(_FINISH, parts, {"ROWS": schedule.rows})
 
 
 def fetch_lines(
@@ -302,39 +284,37 @@ else:
     rows = last - channel
     c = y + (image * groups * outputs + channel) * out_plane + 4 * start
     <starts>
-    <take>
     <store>
 """
 
-_IN_PLACE = """
-step = plane
-panel = x + (place * channels + first_channel) * plane + 4 * start
+_PANEL = """
+source = x + (place * channels + first_channel) * plane
+panel_channels = min(channels - first_channel, block_channels)
+if pack == 0:
+    step = plane
+    panel = source + 4 * start
+else:
+    step = STEP
+    panel = own_scratch
+    call_kernel(pack, (
+        panel, STEP, source, plane, panel_channels, height, width, out_width, pixels,
+        start, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
+        kernel_height, kernel_width, stride_height, stride_width,
+        dilation_height, dilation_width, top, left,
+    ))
 """
 
-_PACK = """
-step = STEP
-call_kernel(pack, (
-    panel, STEP, x + (place * channels + first_channel) * plane, plane,
-    min(channels - first_channel, block_channels), height, width, out_width, pixels,
-    start, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
-    kernel_height, kernel_width, stride_height, stride_width,
-    dilation_height, dilation_width, top, left,
-))
-"""
-
-_TAIL_IN_PLACE = """
-tail_step = step
-tail = panel + 4 * WIDTH * LANES
-"""
-
-_PACK_TAIL = """
-call_kernel(pack, (
-    tail, TAIL_ROW, x + (place * channels + first_channel) * plane, plane,
-    min(channels - first_channel, block_channels), height, width, out_width, pixels,
-    start + WIDTH * LANES, 1,
-    kernel_height, kernel_width, stride_height, stride_width,
-    dilation_height, dilation_width, top, left,
-))
+_TAIL = """
+has_tail = panel_number + 1 == panels
+tail_step = step if pack == 0 else TAIL_ROW
+tail = panel + (4 * WIDTH * LANES if pack == 0 else tail_start)
+if has_tail and pack != 0:
+    call_kernel(pack, (
+        tail, TAIL_ROW, source, plane, panel_channels, height, width, out_width, pixels,
+        start + WIDTH * LANES, 1,
+        kernel_height, kernel_width, stride_height, stride_width,
+        dilation_height, dilation_width, top, left,
+    ))
 """
 
 _PLACE = """
@@ -344,9 +324,8 @@ columns = pixels - start
 
 BODY = """
 <prologue>
-panel = scratch + thread * thread_scratch
-tail = panel + tail_start
-all_sums = panel + sums_start
+own_scratch = scratch + thread * thread_scratch
+all_sums = own_scratch + sums_start
 c_row = out_plane
 <share>
 while task < stop:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
+from graphopt.kernels.epilogue import Epilogue, epilogue_supported
 from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.matmul import (
     Product,
@@ -45,13 +46,7 @@ from graphopt.kernels.registry import (
 )
 from graphopt.kernels.shares import panel_shares, share_lines
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import (
-    CYCLES_PER_SECOND,
-    WORTH_SHARING,
-    Epilogue,
-    epilogue_supported,
-    fill,
-)
+from graphopt.kernels.tile import CYCLES_PER_SECOND, WORTH_SHARING, fill
 from graphopt.kernels.zeros import ZeroPattern
 
 _TRANSPOSE_CYCLES = 5
@@ -109,7 +104,7 @@ class SparseMatmulCandidate(Candidate):
     def build(self, threads: int) -> tuple[Step, ...]:
         block, epilogue = self._arguments()
         name = f"sparse_matmul_{self.schedule.rows}x{self.schedule.width}"
-        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY)
+        text = kernel_text(block, _lines(self.schedule, epilogue), VOCABULARY, epilogue.functions())
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from graphopt.kernels import panel, source
 from graphopt.kernels.convolution import Image, epilogue_starts
+from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import Arguments, indent
 from graphopt.kernels.nonzeros import (
     WIDTHS,
@@ -39,7 +40,7 @@ from graphopt.kernels.sparse_convolution import (
     task_cycles,
 )
 from graphopt.kernels.stream import VECTOR_BYTES
-from graphopt.kernels.tile import Epilogue, fill
+from graphopt.kernels.tile import fill
 from graphopt.kernels.zeros import ZeroPattern
 
 _PIECES = tuple(LANES // count for count in (1, 2, 4) if LANES // count > 1)
@@ -225,43 +226,30 @@ def _schedules(image: Image, zeros: ZeroPattern) -> Iterator[Schedule]:
 
 def _finish_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     """Lines that store a tile: as sums that wait, or finished."""
-    names = [f"s{row}_{line}" for row in range(schedule.rows) for line in range(schedule.width)]
     parts = {
         "wait": [wait_line(schedule, tail=False)],
-        "take": [f"{', '.join(names)} = tile"],
         "start": [_START],
-        "whole": _store_lines(schedule, epilogue, ""),
+        "whole": _store_lines(schedule, epilogue, "LANES"),
         "part": _store_lines(schedule, epilogue, "here"),
     }
     return fill(_FINISH, parts, {"ROWS": schedule.rows, "WIDTH": schedule.width})
 
 
-def _store_lines(schedule: Schedule, epilogue: Epilogue, mask: str) -> list[str]:
-    """Lines that finish and store, of each row of the weight, the vectors of a tile, or parts."""
-    below = [
-        "c += 4 * out_width",
-        *(
-            f"e{index} += {extra.width} * out_width"
-            for index, extra in enumerate(epilogue.extras)
-            if extra.along
-        ),
-    ]
+def _store_lines(schedule: Schedule, epilogue: Epilogue, columns: str) -> list[str]:
+    """Lines that finish and store, of each row of the weight, ``rows`` vectors of a tile; all of
+    them whole, or the part that the mask ``here`` says."""
     lines: list[str] = []
     for row in range(schedule.rows):
+        first = row * schedule.width
+        tile = f"tile[{first}:{first + schedule.width}]" if schedule.rows > 1 else "tile"
+        whole = 0 if columns == "here" else 1
         inner = [
             "c = y + (image * groups * outputs + channel) * out_plane + 4 * start",
             *epilogue_starts(epilogue),
-            *epilogue.row_lines(),
+            epilogue.tile_line(tile, 1, whole, columns, below="out_width"),
         ]
-        for line in range(schedule.width):
-            store = epilogue.register_lines(f"s{row}_{line}", 0, mask, "store_masked")
-            if line:
-                store = [*below, *store]
-            if mask:
-                store = [f"if line + {line} < out_height:", *indent(1, store)]
-            inner += store
         if row:
-            inner = [f"if rows > {row}:", *indent(1, ["channel += 1", *inner])]
+            inner = [f"if last > first_row + {row}:", *indent(1, ["channel += 1", *inner])]
         lines += inner
     return lines
 
@@ -280,6 +268,7 @@ whole = (
 """
 
 _PACK = """
+panel = own_scratch
 call_kernel(pack, (
     panel, pitch, x + (place * channels + first_channel) * plane, plane,
     min(channels - first_channel, block_channels), height, width,
@@ -292,11 +281,10 @@ _FINISH = """
 if block + 1 < blocks:
     <wait>
 else:
-    <take>
     first_row = group * outputs + number * ROWS
-    rows = last - first_row
     if whole:
         channel = first_row
+        rows = WIDTH
         <start>
         <whole>
     else:
@@ -307,6 +295,7 @@ else:
             end = lane + min(lanes, out_width - tile_column)
             here = mask_first(end, FLOAT32) & ~mask_first(lane, FLOAT32)
             start = line * out_width + tile_column - lane
+            rows = out_height - line
             <part>
             lane += lanes
             line += WIDTH

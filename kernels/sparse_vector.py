@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
+from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.matmul import Product, offset_lines, product_epilogue, product_offsets
 from graphopt.kernels.problem import MatmulProblem
@@ -31,13 +32,7 @@ from graphopt.kernels.registry import (
 )
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.sparse_matmul import sparse_product
-from graphopt.kernels.tile import (
-    CYCLES_PER_SECOND,
-    VOCABULARY,
-    WORTH_SHARING,
-    Epilogue,
-    fill,
-)
+from graphopt.kernels.tile import CYCLES_PER_SECOND, VOCABULARY, WORTH_SHARING, fill
 
 MOST_ROWS = max(LANES // 2, 4)
 _GATHER_CYCLES = 1.5
@@ -81,7 +76,8 @@ class SparseVectorCandidate(Candidate):
         }  # fmt: skip
         block.add_all(values)
         epilogue = product_epilogue(self.problem, product, block)
-        entry = source.build("sparse_vector", kernel_text(block, _lines(epilogue), VOCABULARY))
+        text = kernel_text(block, _lines(epilogue), VOCABULARY, epilogue.functions())
+        entry = source.build("sparse_vector", text)
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels.convolution import Image, image_epilogue, image_of
+from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments
 from graphopt.kernels.minimal_filtering import KEPT_BYTES, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
@@ -36,12 +37,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import (
-    CYCLES_PER_SECOND,
-    VECTORS_PER_CYCLE,
-    Epilogue,
-    fill,
-)
+from graphopt.kernels.tile import CYCLES_PER_SECOND, VECTORS_PER_CYCLE, fill
 
 _SIDE = 5
 """Pixels of a phase that a tile sees in one direction."""

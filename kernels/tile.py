@@ -4,7 +4,8 @@ A tile is a few rows of results by a few vectors of columns, kept in registers o
 depth: each step of the depth reads the vectors of columns, broadcasts one number per row and adds
 the product to every accumulator (K. Goto and R. van de Geijn, "Anatomy of high-performance matrix
 multiplication", 2008). Where the depth is cut into blocks, each adds to the results in memory.
-After the last block the epilogue runs over the tile, which is still in the first cache.
+After the last block the epilogue (`epilogue`) runs over the tile, which is still in the first
+cache.
 """
 
 from __future__ import annotations
@@ -18,11 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from graphopt.kernels.emission import emit, unsupported
-from graphopt.kernels.expression import Expression
-from graphopt.kernels.loops import broadcast_strides, indent
+from graphopt.kernels.loops import indent
 from graphopt.kernels.memory import LINE, VectorMemory, fetch_ahead, first_lanes, int64_constant
-from graphopt.kernels.operand import ITEM_BYTES, Operand
 from graphopt.kernels.register import LANES, Register, Vector
 
 CYCLES_PER_SECOND = 3.5e9
@@ -69,7 +67,7 @@ class TileShape:
         return self.height in (4, 8) and self.height * self.width <= 3 * LANES // 2
 
 
-VOCABULARY = ("elementary", "panel", "simd", "tile")
+VOCABULARY = ("elementary", "finish", "panel", "simd", "tile")
 """Modules whose names the kernels use that are made of tiles."""
 
 TILES = (TileShape(8, 3), TileShape(6, 4)) if LANES == 16 else (TileShape(4, 3), TileShape(6, 2))
@@ -180,8 +178,7 @@ class _Tile:
                 factor = memory.broadcast(builder.add(starts[row], offset))
                 for column in range(self.width):
                     sum = self.sums[row][column]
-                    known = Register(builder, memory.vector, builder.load(sum))
-                    builder.store(b[column].fma(factor, known).value, sum)
+                    builder.store(b[column].fma(factor, self._register(sum)).value, sum)
             if self.column is not None and not _COLUMN_APART:
                 self.column.add(builder.add(given["a"], offset), loop.index)
         if self.column is not None and _COLUMN_APART:
@@ -198,32 +195,62 @@ class _Tile:
     def store(self) -> None:
         """Store the part of the tile that exists, or add it to what is there."""
         builder, memory, given = self.builder, self.memory, self.operands
-        places = [
-            (sum, memory.at(given["c"], row, given["c_row"], column * memory.bytes), mask)
-            for row, (sums, masks) in enumerate(zip(self.sums, self._masks(), strict=True))
-            for column, (sum, mask) in enumerate(zip(sums, masks, strict=True))
-        ]
-        # What is not needed is not read even with an empty mask: the sums would wait for it.
-        with builder.if_then(given["accumulate"]):
-            for sum, address, mask in places:
-                own = Register(builder, memory.vector, builder.load(sum))
-                builder.store((own + memory.load_masked(address, mask)).value, sum)
-        for sum, address, mask in places:
-            own = Register(builder, memory.vector, builder.load(sum))
-            memory.store_first(address, own, mask)
+        columns = int64_constant(self.width * memory.vector.lanes)
+        whole = builder.and_(
+            builder.icmp_signed(">=", given["rows"], int64_constant(self.height)),
+            builder.icmp_signed(">=", given["columns"], columns),
+        )
+        with builder.if_else(whole, likely=True) as (all_of_it, part):
+            with all_of_it:
+                self._store_whole()
+            with part:
+                self._store_part()
         if self.column is not None:
             offset = int64_constant(self.width * memory.bytes)
             self.column.store(builder.add(given["c"], offset))
 
-    def _masks(self) -> list[list[ir.Value]]:
-        """For each row, the masks of its vectors."""
-        columns = [self._columns(column) for column in range(self.width)]
-        none = ir.Constant(columns[0].type, None)
-        masks = []
-        for row in range(self.height):
-            exists = self.builder.icmp_signed("<", int64_constant(row), self.operands["rows"])
-            masks.append([self.builder.select(exists, mask, none) for mask in columns])
-        return masks
+    def _store_whole(self) -> None:
+        builder, memory, given = self.builder, self.memory, self.operands
+        places = [
+            (sum, memory.at(given["c"], row, given["c_row"], column * memory.bytes))
+            for row, sums in enumerate(self.sums)
+            for column, sum in enumerate(sums)
+        ]
+        with builder.if_then(given["accumulate"]):
+            for sum, address in places:
+                total = self._register(sum) + memory.load(address)
+                builder.store(total.value, sum)
+        for sum, address in places:
+            memory.store(address, self._register(sum))
+
+    def _store_part(self) -> None:
+        # Row by row from memory: few tiles are not whole, and masks for each of their vectors were
+        # most of the code.
+        builder, memory, given = self.builder, self.memory, self.operands
+        masks = [self._columns(column) for column in range(self.width)]
+        kind = ir.ArrayType(ir.ArrayType(memory.vector.llvm, self.width), self.height)
+        kept = cgutils.alloca_once(builder, kind)
+        for row, sums in enumerate(self.sums):
+            for column, sum in enumerate(sums):
+                place = cgutils.gep_inbounds(builder, kept, 0, row, column)
+                builder.store(builder.load(sum), place)
+        height = int64_constant(self.height)
+        rows = builder.select(
+            builder.icmp_signed("<", given["rows"], height), given["rows"], height
+        )
+        with cgutils.for_range(builder, rows) as loop:
+            start = builder.add(given["c"], builder.mul(loop.index, given["c_row"]))
+            for column, mask in enumerate(masks):
+                address = builder.add(start, int64_constant(column * memory.bytes))
+                sum = cgutils.gep_inbounds(builder, kept, 0, loop.index, column)
+                with builder.if_then(given["accumulate"]):
+                    total = self._register(sum) + memory.load_masked(address, mask)
+                    builder.store(total.value, sum)
+                memory.store_first(address, self._register(sum), mask)
+
+    def _register(self, sum: ir.Value) -> Register:
+        """The sum that is kept at a pointer."""
+        return Register(self.builder, self.memory.vector, self.builder.load(sum))
 
     def _columns(self, column: int) -> ir.Value:
         """The mask of a vector's columns that exist."""
@@ -294,167 +321,6 @@ class _Column:
                         builder.store(total, pointer)
                     with first:
                         builder.store(own, pointer)
-
-
-@dataclass(frozen=True)
-class ExtraOperand:
-    """An operand of an epilogue beside the product itself.
-
-    ``along`` says whether it varies along a tile's columns, where it is contiguous.
-    """
-
-    dtype: str
-    along: bool
-
-    @property
-    def width(self) -> int:
-        """Bytes of an element."""
-        return ITEM_BYTES[self.dtype]
-
-
-def epilogue_supported(expression: Expression, extras: Sequence[Operand]) -> bool:
-    """Whether a float32 product can be finished by ``expression`` exactly.
-
-    Raises ValueError where the further inputs are not those of the expression.
-    """
-    if expression.inputs != ("float32", *(extra.dtype for extra in extras)):
-        raise ValueError("the operands' dtypes are not those of the epilogue")
-    return expression.result_dtypes == ("float32",) and unsupported(expression) is None
-
-
-def image_strides(extra: Operand, y: Operand) -> tuple[int, int, int] | None:
-    """Strides by (image, channel, pixel) of an epilogue's operand; None if there are no such.
-
-    An operand of one dimension has an element per channel, others broadcast to ``y``.
-    """
-    if len(extra.shape) == 1:
-        return (0, 1, 0)
-    image, channel, *spatial = broadcast_strides(extra.shape, extra.strides, y.shape)
-    varied = [axis for axis, size in enumerate(y.shape[2:]) if size != 1]
-    if all(spatial[axis] == 0 for axis in varied):
-        return (image, channel, 0)
-    if all(spatial[axis] == y.strides[2 + axis] for axis in varied):
-        return (image, channel, 1)
-    return None
-
-
-class Epilogue:
-    """Kernel text that applies an expression to a finished tile in memory.
-
-    The expression's first input is the product, the others are ``extras``. The text expects the
-    tile's address ``c``, its ``c_row``, ``rows`` and ``columns``, and for extra i the address
-    ``e{i}`` of what belongs to the tile's first element and ``e{i}_row`` from row to row.
-    """
-
-    def __init__(
-        self, expression: Expression | None, extras: Sequence[ExtraOperand], argument: int
-    ) -> None:
-        self.expression = expression
-        self.extras = extras
-        names = ["product", *(f"v{index}" for index in range(len(extras)))]
-        self.emission = emit(expression, names, argument, "step") if expression else None
-
-    @property
-    def immediates(self) -> tuple[int, ...]:
-        """Values for the argument block, from the place given on."""
-        return self.emission.immediates if self.emission else ()
-
-    def prologue(self) -> list[str]:
-        """Lines before all loops."""
-        return list(self.emission.prologue) if self.emission else []
-
-    def lines(self) -> list[str]:
-        """Lines that finish one tile."""
-        if self.emission is None:
-            return ["pass"]
-        return [
-            "q = c",
-            *(f"f{index} = e{index}" for index in range(len(self.extras))),
-            "line = 0",
-            "while line < rows:",
-            *indent(1, self._constants("f")),
-            "    i = 0",
-            "    while i + LANES <= columns:",
-            *indent(2, self._vector(masked=False)),
-            "        i += LANES",
-            "    if i < columns:",
-            "        mask = mask_first(columns - i, FLOAT32)",
-            *indent(2, self._vector(masked=True)),
-            "    line += 1",
-            "    q += c_row",
-            *(f"    f{index} += e{index}_row" for index in range(len(self.extras))),
-        ]
-
-    def row_lines(self) -> list[str]:
-        """Lines that read what is the same for a row of the tile, from the addresses ``e{i}``."""
-        return self._constants("e")
-
-    def register_lines(
-        self, product: str, vector: int, mask: str = "", store: str = "store_first"
-    ) -> list[str]:
-        """Lines that finish a vector of a row, which ``product`` holds, and store it.
-
-        They follow `row_lines`; ``c`` is the row's address. ``mask`` is that of the columns that
-        exist, or nothing where all do; ``store`` is what stores with it.
-        """
-        lines, more = [], ""
-        if mask:
-            lines, more = [f"mask = {mask}"], ", mask"
-        kind = "_masked" if mask else ""
-        for index, extra in enumerate(self.extras):
-            if extra.along:
-                address = f"e{index} + {vector * LANES * extra.width}"
-                lines.append(f"v{index} = load{kind}({address}, {extra.dtype.upper()}{more})")
-        result = product
-        if self.emission is not None:
-            lines += [f"product = {product}", *self.emission.body]
-            result = self.emission.results[0]
-        store = store if mask else "store"
-        return [*lines, f"{store}(c + {4 * vector * LANES}, {result}{more})"]
-
-    def tile_lines(self, height: int, width: int, whole: int) -> list[str]:
-        """Lines that finish and store a tile that the variables ``s{row}_{vector}`` hold.
-
-        They change ``c`` and ``e{i}``. The first ``whole`` vectors are stored whole, of the others
-        the part that exists.
-        """
-        lines: list[str] = []
-        for row in range(height):
-            inner = self.row_lines()
-            for vector in range(width):
-                masked = vector >= whole
-                mask = f"mask_first(columns - {vector * LANES}, FLOAT32)" if masked else ""
-                inner += self.register_lines(f"s{row}_{vector}", vector, mask)
-            if row:
-                step = ["c += c_row", *(f"e{i} += e{i}_row" for i in range(len(self.extras)))]
-                inner = [f"if rows > {row}:", *indent(1, [*step, *inner])]
-            lines += inner
-        return lines
-
-    def _constants(self, pointer: str) -> list[str]:
-        return [
-            f"v{index} = broadcast(read({pointer}{index}, {extra.dtype.upper()}),"
-            f" {extra.dtype.upper()})"
-            for index, extra in enumerate(self.extras)
-            if not extra.along
-        ]
-
-    def _vector(self, masked: bool) -> list[str]:
-        assert self.emission is not None
-        operands = [("product", "q", "float32")]
-        for index, extra in enumerate(self.extras):
-            if extra.along:
-                operands.append((f"v{index}", f"f{index}", extra.dtype))
-        load = "{} = load_masked({} + {} * i, {}, mask)" if masked else "{} = load({} + {} * i, {})"
-        lines = [
-            load.format(name, start, ITEM_BYTES[dtype], dtype.upper())
-            for name, start, dtype in operands
-        ]
-        result = self.emission.results[0]
-        store = (
-            f"store_first(q + 4 * i, {result}, mask)" if masked else f"store(q + 4 * i, {result})"
-        )
-        return [*lines, *self.emission.body, store]
 
 
 def multiply_lines(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
+from graphopt.kernels.epilogue import Epilogue, ExtraOperand
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.operand import Operand
@@ -27,7 +28,7 @@ from graphopt.kernels.registry import (
     aligned_empty,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import VOCABULARY, Epilogue, ExtraOperand, fill
+from graphopt.kernels.tile import VOCABULARY, fill
 
 _BLOCK_BYTES = 2**17
 """Padded rows that a task keeps at a time."""
@@ -153,7 +154,8 @@ class Windows:
             ],
             "epilogue": [*extras.starts(), *epilogue.lines()],
         }
-        text = kernel_text(block, fill(_BODY, parts, {"STRIP": self.strip}), VOCABULARY)
+        lines = fill(_BODY, parts, {"STRIP": self.strip})
+        text = kernel_text(block, lines, VOCABULARY, epilogue.functions())
         entry = source.build(f"depthwise_window_{self.strip}", text)
         return Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks)
 

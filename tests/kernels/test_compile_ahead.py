@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, source.
     return collected
 
 
-def compiled_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what this process compiles from now on."""
+def compiled_here(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[str]:
+    """The names of what this process compiles from now on, each in so many seconds more."""
     names: list[str] = []
     load = source._load
 
@@ -39,6 +40,7 @@ def compiled_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded = load(place, name, key)
         if loaded.cache_hits == 0:
             names.append(name)
+            time.sleep(seconds)
         return loaded
 
     monkeypatch.setattr(source, "_load", noted)
@@ -54,7 +56,7 @@ def test_collecting_compiles_nothing(wanted: dict[str, source.Source]) -> None:
 def test_the_work_is_shared(
     wanted: dict[str, source.Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = compiled_here(monkeypatch)
+    names = compiled_here(monkeypatch, seconds=2.0)
     compile_ahead(wanted, 2)
     assert 1 <= len(names) < COUNT
     assert all(map(source.is_compiled, wanted))
@@ -69,7 +71,7 @@ def test_what_another_process_cannot_do_is_left_to_this_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(ahead, "_WORKER", "import sys; sys.stdin.buffer.read(); sys.exit(3)")
+    monkeypatch.setattr(ahead, "_WORKER", "import sys; sys.exit(3)")
     names = compiled_here(monkeypatch)
     with caplog.at_level(logging.WARNING, "graphopt"):
         compile_ahead(wanted, 2)
@@ -83,7 +85,7 @@ def test_what_another_process_cannot_do_is_left_to_this_one(
 def test_few_kernels_or_one_processor_start_nothing(
     wanted: dict[str, source.Source], monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    monkeypatch.setattr(ahead, "_started", lambda share: pytest.fail("a process was started"))
+    monkeypatch.setattr(ahead, "_Worker", lambda queue: pytest.fail("a process was started"))
     few = wanted if processes == 1 else dict(list(wanted.items())[: ahead.LEAST - 1])
     compile_ahead(few, processes)
     assert not any(map(source.is_compiled, wanted))
