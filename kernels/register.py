@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -429,7 +429,7 @@ def _infer_first(python: Callable[..., Any], result: Callable[..., Vector | None
 
     @infer_global(python)
     class Template(AbstractTemplate):
-        metadata: ClassVar = {"target": "cpu"}
+        metadata = {"target": "cpu"}  # noqa: RUF012  # as Numba declares it
 
         def generic(self, args: Any, kws: Any) -> Any:
             integers = args == (types.int64, types.int64)
