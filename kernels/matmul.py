@@ -179,6 +179,8 @@ def candidates(problem: MatmulProblem) -> list[MatmulCandidate]:
         return []
     constant = isinstance(problem.inputs[product.b], ConstantOperand)
     tiles = (*TILES, *(_FLAT if product.rows < TILES[0].height else ()))
+    # Of higher ones, half of the rows or more would not exist.
+    tiles = tuple(tile for tile in tiles if tile.height == 1 or tile.height < 2 * product.rows)
     return [
         MatmulCandidate(f"matmul {tile}", problem, _seconds(product, tile, constant), product, tile)
         for tile in tiles

@@ -194,7 +194,7 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
 def _fitting(widths: Sequence[int], vectors: int) -> list[int]:
     """The widths but for the first, where registers are few and a wider one wastes no more.
 
-    Each width takes kernels of its own, and narrow ones keep less of what they load.
+    A wider one reads the weights less often, and each takes kernels of its own to compile.
     """
     wasted = [-vectors % width for width in widths]
     if LANES == 16 or len(widths) == 1 or wasted[0] < min(wasted[1:]):

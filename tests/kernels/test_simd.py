@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import pytest
+from numba import njit, types
 from support import call, guarded
 
 from graphopt.kernels import source
@@ -237,3 +240,21 @@ def test_transposed_tiles(width: int) -> None:
         body = f"transpose_corner(a0, {columns * width}, a1, {rows * width}, a2, a3, TILE)"
         run(body, corner.address, target.address, rows, columns, imports=imports)
         np.testing.assert_array_equal(written, values[:rows, :columns].T)
+
+
+_OPERATORS = (
+    "add sub mul iadd isub imul floordiv mod and_ or_ xor lt le gt ge eq ne truediv".split()
+)
+
+
+@pytest.mark.parametrize("name", _OPERATORS)
+def test_operators_on_integers_stay_those_of_python(name: str) -> None:
+    python = getattr(operator, name)
+    compiled = njit(lambda a, b: python(a, b))
+    for a, b in [(7, 3), (-7, 3), (7, -3), (3, 3), (-(2**40), 2**20 + 1)]:
+        made, expected = compiled(a, b), python(a, b)
+        assert (made, type(made)) == (expected, type(expected))
+    known = {"truediv": types.float64}.get(
+        name, types.boolean if type(python(7, 3)) is bool else types.int64
+    )
+    assert [one.return_type for one in compiled.nopython_signatures] == [known]
