@@ -1,17 +1,20 @@
-"""Kernels that call others, and the stack that they start with."""
+"""Functions of kernels, kernels that call others, and the stack that they start with."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from graphopt.kernels.memory import int64_constant
 from graphopt.kernels.register import LANES, MASK_REGISTERS
 from graphopt.kernels.registry import WHOLE
+
+inlined: Any = njit(error_model="numpy", nogil=True)
+"""For functions that become part of the kernels that call them."""
 
 
 @intrinsic

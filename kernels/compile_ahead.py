@@ -26,8 +26,7 @@ LEAST = 4
 """Kernels from which another process, which needs a second to start, is worth it."""
 
 _WORKER = """
-import gc, importlib.util, pickle, sys, types
-gc.disable()
+import importlib.util, pickle, sys, types
 package = pickle.load(sys.stdin.buffer)
 sys.modules["graphopt"] = parent = types.ModuleType("graphopt")
 parent.__path__ = []

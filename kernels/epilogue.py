@@ -134,24 +134,25 @@ class Epilogue:
     ) -> str:
         """The line that finishes and stores a tile, see `finish_tile`.
 
-        ``below`` is how many elements a row of the tile is from the next, if rows of the tile are
-        not those of the weight.
+        If rows of the tile lie below one another in one row of the weight, ``below`` is how many
+        elements each is from the next, and the line follows `row_lines`.
         """
-        operands = []
-        for some, apart in ((self._along, True), (self._alone, False)):
+        c_row = f"4 * {below}" if below else "c_row"
+
+        def operands(some: Sequence[int]) -> str:
             triples = []
             for index in some:
                 extra = self.extras[index]
-                step = f"e{index}_row"
-                if below:
-                    step = f"{extra.width} * {below}" if apart else "0"
-                triples.append(f"(e{index}, {step}, {extra.dtype.upper()})")
-            operands.append(_tuple(triples))
-        numbers = _tuple(self.emission.literals if self.emission else ())
-        row = f"4 * {below}" if below else "c_row"
+                row = f"{extra.width} * {below}" if below else f"e{index}_row"
+                triples.append(f"(e{index}, {row}, {extra.dtype.upper()})")
+            return _tuple(triples)
+
+        alone, numbers = self._alone, list(self._literals)
+        if below:
+            alone, numbers = [], [*(f"v{index}" for index in alone), *numbers]
         return (
-            f"finish_tile(finish, {tile}, c, {row}, rows, {columns}, {operands[0]}, {operands[1]},"
-            f" {numbers}, {width}, {whole})"
+            f"finish_tile(finish, {tile}, c, {c_row}, rows, {columns}, {operands(self._along)},"
+            f" {operands(alone)}, {_tuple(numbers)}, {width}, {whole})"
         )
 
     @property
@@ -164,11 +165,15 @@ class Epilogue:
         """Extras that do not."""
         return [index for index, extra in enumerate(self.extras) if not extra.along]
 
+    @property
+    def _literals(self) -> tuple[str, ...]:
+        """The variables that `prologue` reads."""
+        return self.emission.literals if self.emission else ()
+
     def _finished(self, product: str) -> str:
         """A call of ``finish``."""
         extras = [f"v{index}" for index in (*self._along, *self._alone)]
-        literals = self.emission.literals if self.emission else ()
-        return f"finish({', '.join((product, *extras, *literals))})"
+        return f"finish({', '.join((product, *extras, *self._literals))})"
 
     def _constants(self, pointer: str) -> list[str]:
         return [

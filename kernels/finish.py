@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from graphopt.kernels.memory import VectorMemory, first_lanes, int64_constant
 from graphopt.kernels.register import FLOAT32, LANES, Register, Vector
-
-inlined = njit(forceinline=True, error_model="numpy")
-"""Decorates a function of a kernel that becomes a part of whatever calls it."""
 
 
 @intrinsic(prefer_literal=True)
@@ -52,38 +49,32 @@ def finish_tile(
     """
     if not isinstance(tile, types.UniTuple):
         return None
-    shape = len(tile) // width.literal_value, width.literal_value, whole.literal_value
-    operands = [[each.types[2].instance_type for each in some.types] for some in (along, alone)]
-    vectors = (*operands[0], *operands[1], *numbers.types)
-    finished = typing.resolve_function_type(finish, (FLOAT32, *vectors), {})
+    in_row, in_whole = width.literal_value, whole.literal_value
+    kinds = [[each.types[2].instance_type for each in some.types] for some in (along, alone)]
+    operands = (FLOAT32, *kinds[0], *kinds[1], *numbers.types)
+    finished = typing.resolve_function_type(finish, operands, {})
     masked = isinstance(columns, Vector)
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
         own = context.get_function(finish, finished)
-        _, tile_value, *words, along_value, alone_value, number_values = values[:9]
-        word_types = [types.int64] * 3 + [columns if masked else types.int64]
+        words = [types.int64] * 3 + [columns if masked else types.int64]
         c, c_row, rows, there = (
-            context.cast(builder, value, kind, wanted)
-            for value, kind, wanted in zip(words, sig.args[2:6], word_types, strict=True)
+            context.cast(builder, value, given, wanted)
+            for value, given, wanted in zip(values[2:6], sig.args[2:6], words, strict=True)
         )
-        constants = cgutils.unpack_tuple(builder, number_values, len(numbers))
-        tile = _Tile(
-            builder,
+        constants = cgutils.unpack_tuple(builder, values[8], len(numbers))
+        made = _Tile(
             lambda *registers: Register(builder, FLOAT32, own(builder, [*registers, *constants])),
-            [
-                _operands(builder, value, kinds)
-                for value, kinds in zip((along_value, alone_value), operands, strict=True)
-            ],
+            _Rows(VectorMemory(builder, FLOAT32), c, c_row),
+            _operands(builder, values[6], kinds[0]),
+            _operands(builder, values[7], kinds[1]),
             there,
             masked,
         )
-        products = cgutils.unpack_tuple(builder, tile_value, shape[0] * shape[1])
-        for row in range(shape[0]):
-            exists = builder.icmp_signed("<", int64_constant(row), rows)
-            with builder.if_then(exists):
-                first = row * shape[1]
-                address = builder.add(c, builder.mul(c_row, int64_constant(row)))
-                tile.store_row(products[first : first + shape[1]], row, address, shape[2])
+        products = cgutils.unpack_tuple(builder, values[1], len(tile))
+        for row in range(len(tile) // in_row):
+            with builder.if_then(builder.icmp_signed("<", int64_constant(row), rows)):
+                made.store_row(products[row * in_row : (row + 1) * in_row], row, in_whole)
         return context.get_dummy_value()
 
     return types.void(
@@ -92,27 +83,27 @@ def finish_tile(
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """What a row's results are made of beside the product."""
+class _Rows:
+    """The results, or what they are made of beside the product, in memory."""
 
     memory: VectorMemory
     address: ir.Value
     row_bytes: ir.Value
 
-    def load(self, place: ir.Value, mask: ir.Value | None) -> ir.Value:
-        """The vector at an address, or what of it is in the mask."""
-        memory = self.memory
-        return (memory.load(place) if mask is None else memory.load_masked(place, mask)).value
-
-    def row(self, row: int) -> ir.Value:
-        """The address of what belongs to a row."""
+    def start(self, row: int) -> ir.Value:
+        """The address of a row."""
         return self.memory.at(self.address, row, self.row_bytes)
 
+    def at(self, start: ir.Value, column: ir.Value) -> ir.Value:
+        """The address of a column of the row at ``start``."""
+        builder, width = self.memory.builder, int64_constant(self.memory.alignment)
+        return builder.add(start, builder.mul(column, width))
 
-def _operands(builder: ir.IRBuilder, value: ir.Value, kinds: Sequence[Vector]) -> list[_Operand]:
+
+def _operands(builder: ir.IRBuilder, value: ir.Value, kinds: Sequence[Vector]) -> list[_Rows]:
     triples = cgutils.unpack_tuple(builder, value, len(kinds))
     return [
-        _Operand(
+        _Rows(
             VectorMemory(builder, kind),
             builder.extract_value(triple, 0),
             builder.extract_value(triple, 1),
@@ -123,34 +114,33 @@ def _operands(builder: ir.IRBuilder, value: ir.Value, kinds: Sequence[Vector]) -
 
 @dataclass(frozen=True)
 class _Tile:
-    """The body of `finish_tile`; ``operands`` are those along a row and those alone."""
+    """The body of `finish_tile`."""
 
-    builder: ir.IRBuilder
     finish: Callable[..., Register]
-    operands: Sequence[Sequence[_Operand]]
+    results: _Rows
+    along: Sequence[_Rows]
+    alone: Sequence[_Rows]
     columns: ir.Value
     masked: bool
 
-    def store_row(
-        self, products: Sequence[ir.Value], row: int, address: ir.Value, whole: int
-    ) -> None:
+    def store_row(self, products: Sequence[ir.Value], row: int, whole: int) -> None:
         """Finish and store a row."""
-        builder, memory = self.builder, VectorMemory(self.builder, FLOAT32)
-        along, alone = self.operands
-        starts = [operand.row(row) for operand in along]
-        numbers = [operand.memory.broadcast(operand.row(row)).value for operand in alone]
+        builder, memory = self.results.memory.builder, self.results.memory
+        target = self.results.start(row)
+        starts = [operand.start(row) for operand in self.along]
+        numbers = [operand.memory.broadcast(operand.start(row)).value for operand in self.alone]
 
         def store(product: ir.Value, vector: ir.Value, whole: bool) -> None:
-            offset = builder.mul(vector, int64_constant(LANES))
-            mask = None if whole else self._mask(offset)
+            column = builder.mul(vector, int64_constant(LANES))
+            mask = None if whole else self._mask(column)
             own = []
-            for operand, start in zip(along, starts, strict=True):
-                width = int64_constant(operand.memory.alignment)
-                place = builder.add(start, builder.mul(offset, width))
-                own.append(operand.load(place, mask))
+            for operand, start in zip(self.along, starts, strict=True):
+                place, source = operand.at(start, column), operand.memory
+                value = source.load(place) if whole else source.load_masked(place, mask)
+                own.append(value.value)
             made = self.finish(product, *own, *numbers)
-            place = builder.add(address, builder.mul(offset, int64_constant(4)))
-            if mask is None:
+            place = self.results.at(target, column)
+            if whole:
                 memory.store(place, made)
             elif self.masked:
                 memory.store_masked(place, made, mask)
@@ -171,8 +161,9 @@ class _Tile:
                 product = builder.load(cgutils.gep_inbounds(builder, kept, 0, loop.index))
                 store(product, builder.add(loop.index, int64_constant(whole)), whole=False)
 
-    def _mask(self, offset: ir.Value) -> ir.Value:
+    def _mask(self, column: ir.Value) -> ir.Value:
         """The mask of the columns from one on that exist."""
         if self.masked:
             return self.columns
-        return first_lanes(self.builder, FLOAT32, self.builder.sub(self.columns, offset)).value
+        left = self.results.memory.builder.sub(self.columns, column)
+        return first_lanes(self.results.memory.builder, FLOAT32, left).value

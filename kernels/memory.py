@@ -143,11 +143,13 @@ class VectorMemory:
 
     def broadcast(self, address: ir.Value) -> Register:
         """The number at ``address`` in every lane."""
-        element = _in_memory(self.vector).element
-        value = self.builder.load(_pointer(self.builder, address, element), align=self.alignment)
-        if self.vector.bits == 1:
-            value = self.builder.icmp_unsigned("!=", value, ir.Constant(element, 0))
-        return splat(self.builder, self.vector, value)
+        return splat(self.builder, self.vector, self.number(address))
+
+    def number(self, address: ir.Value) -> ir.Value:
+        """The single element at ``address``."""
+        pointer = _pointer(self.builder, address, _in_memory(self.vector).element)
+        value = self.builder.load(pointer, align=self.alignment)
+        return _from_memory(self.builder, self.vector, value)
 
     def _name(self, verb: str) -> str:
         return f"llvm.masked.{verb}.{_masked_suffix(self.vector)}.p0"
@@ -394,11 +396,7 @@ def read(typing: Any, address: Any, element: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        memory = _in_memory(kind).element
-        value = builder.load(_pointer(builder, values[0], memory), align=max(kind.bits // 8, 1))
-        if kind.bits > 1:
-            return value
-        return builder.icmp_unsigned("!=", value, ir.Constant(memory, 0))
+        return VectorMemory(builder, kind).number(values[0])
 
     return kind.element(types.int64, element), generate
 

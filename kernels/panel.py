@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from graphopt.kernels import calls, memory, simd, transposition
+from graphopt.kernels.calls import inlined
 from graphopt.kernels.register import FLOAT32, INT32, LANES
 
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
@@ -31,9 +30,6 @@ transpose_corner: Any = transposition.transpose_corner
 read: Any = memory.read
 select: Any = simd.select
 broadcast: Any = simd.broadcast
-
-inlined: Any = njit(error_model="numpy", nogil=True)
-"""For functions that become part of the kernels that call them."""
 
 
 @inlined

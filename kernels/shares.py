@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from graphopt.kernels import memory
+from graphopt.kernels.calls import inlined
 from graphopt.kernels.register import INT64
 from graphopt.kernels.registry import WHOLE, Table
 
@@ -45,7 +45,7 @@ def panel_shares(cycles: Iterable[tuple[float, float]]) -> Table:
     return Table(tuple(shares.reshape(-1).tolist()))
 
 
-@njit(error_model="numpy", nogil=True)
+@inlined
 def first_task(share: int, whole: int, shares: int, places: int, panels: int, parts: int) -> int:
     """The task at which a share begins: number 0 for 0, the number of tasks for the whole.
 

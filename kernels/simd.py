@@ -27,7 +27,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from graphopt.kernels.calls import align_stack, call_step
+from graphopt.kernels.calls import align_stack, call_step, inlined
 from graphopt.kernels.memory import (
     first_lanes,
     gather,
@@ -94,6 +94,7 @@ __all__ = [
     "floor",
     "fma",
     "gather",
+    "inlined",
     "interleave_high",
     "interleave_low",
     "lane_index",

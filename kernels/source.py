@@ -92,6 +92,12 @@ def shared(function: Any) -> Entry:
     Kernels that use `calls.call_kernel` on its address do not contain the function, which then is
     compiled once instead of with each of them.
     """
+    return build(*_call_of(function))
+
+
+@functools.cache
+def _call_of(function: Any) -> tuple[str, str, int]:
+    """What `build` is given for a kernel that calls a function."""
     name = function.__name__
     count = len(inspect.signature(function.py_func).parameters)
     values = ", ".join(f"arguments[{place}]" for place in range(count))
@@ -99,7 +105,7 @@ def shared(function: Any) -> Entry:
         f"from {function.__module__} import {name}\n\n\n"
         f"def kernel(arguments, thread, begin, end):\n    {name}({values})\n"
     )
-    return build(name, text, len(inspect.getsource(sys.modules[function.__module__])))
+    return name, text, len(inspect.getsource(sys.modules[function.__module__]))
 
 
 @contextlib.contextmanager

@@ -229,24 +229,24 @@ def _finish_lines(schedule: Schedule, epilogue: Epilogue) -> list[str]:
     parts = {
         "wait": [wait_line(schedule, tail=False)],
         "start": [_START],
-        "whole": _store_lines(schedule, epilogue, "LANES"),
-        "part": _store_lines(schedule, epilogue, "here"),
+        "whole": _store_lines(schedule, epilogue, whole=True),
+        "part": _store_lines(schedule, epilogue, whole=False),
     }
     return fill(_FINISH, parts, {"ROWS": schedule.rows, "WIDTH": schedule.width})
 
 
-def _store_lines(schedule: Schedule, epilogue: Epilogue, columns: str) -> list[str]:
-    """Lines that finish and store, of each row of the weight, ``rows`` vectors of a tile; all of
-    them whole, or the part that the mask ``here`` says."""
+def _store_lines(schedule: Schedule, epilogue: Epilogue, whole: bool) -> list[str]:
+    """Lines that finish and store, of each row of the weight, ``rows`` vectors of a tile, or the
+    part of each that the mask ``here`` says."""
     lines: list[str] = []
     for row in range(schedule.rows):
         first = row * schedule.width
         tile = f"tile[{first}:{first + schedule.width}]" if schedule.rows > 1 else "tile"
-        whole = 0 if columns == "here" else 1
         inner = [
             "c = y + (image * groups * outputs + channel) * out_plane + 4 * start",
             *epilogue_starts(epilogue),
-            epilogue.tile_line(tile, 1, whole, columns, below="out_width"),
+            *epilogue.row_lines(),
+            epilogue.tile_line(tile, 1, int(whole), "LANES" if whole else "here", "out_width"),
         ]
         if row:
             inner = [f"if last > first_row + {row}:", *indent(1, ["channel += 1", *inner])]

@@ -188,8 +188,7 @@ class _Tile:
         builder, given = self.builder, self.operands
         number: ir.Value = int64_constant(row)
         if not padded:
-            last = builder.sub(given["rows"], int64_constant(1))
-            number = builder.select(builder.icmp_signed("<", number, last), number, last)
+            number = _smaller(builder, number, builder.sub(given["rows"], int64_constant(1)))
         return builder.add(given["a"], builder.mul(number, given["a_row"]))
 
     def store(self) -> None:
@@ -234,10 +233,7 @@ class _Tile:
             for column, sum in enumerate(sums):
                 place = cgutils.gep_inbounds(builder, kept, 0, row, column)
                 builder.store(builder.load(sum), place)
-        height = int64_constant(self.height)
-        rows = builder.select(
-            builder.icmp_signed("<", given["rows"], height), given["rows"], height
-        )
+        rows = _smaller(builder, given["rows"], int64_constant(self.height))
         with cgutils.for_range(builder, rows) as loop:
             start = builder.add(given["c"], builder.mul(loop.index, given["c_row"]))
             for column, mask in enumerate(masks):
@@ -258,6 +254,10 @@ class _Tile:
         first = int64_constant(column * vector.lanes)
         left = self.builder.sub(self.operands["columns"], first)
         return first_lanes(self.builder, vector, left).value
+
+
+def _smaller(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
 class _Column:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 
 from graphopt.kernels import memory, simd
+from graphopt.kernels.calls import inlined
 from graphopt.kernels.panel import put
 from graphopt.kernels.register import (
     FEATURES,
@@ -33,9 +34,6 @@ mask_first: Any = simd.mask_first
 read: Any = memory.read
 select: Any = simd.select
 store: Any = memory.store
-
-inlined: Any = njit(error_model="numpy", nogil=True)
-"""For functions that become part of the kernels that call them."""
 
 ROUNDING = 12582912.0
 """1.5 * 2**23: a float32 within 2**22 of 0 plus this is rounded to an integer, halves to even,

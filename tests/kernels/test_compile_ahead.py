@@ -66,13 +66,24 @@ def test_the_work_is_shared(
     compile_ahead(wanted, 2)
 
 
+_TAKES_ONE = """
+import pickle, sys
+pickle.load(sys.stdin.buffer)
+sys.stdout.buffer.write(b"+")
+sys.stdout.buffer.flush()
+pickle.load(sys.stdin.buffer)
+"""
+
+
+@pytest.mark.parametrize("before", ["", _TAKES_ONE])
 def test_what_another_process_cannot_do_is_left_to_this_one(
+    before: str,
     wanted: dict[str, source.Source],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(ahead, "_WORKER", "import sys; sys.exit(3)")
-    names = compiled_here(monkeypatch)
+    monkeypatch.setattr(ahead, "_WORKER", f"{before}\nimport sys; sys.exit(3)")
+    names = compiled_here(monkeypatch, seconds=0.5)
     with caplog.at_level(logging.WARNING, "graphopt"):
         compile_ahead(wanted, 2)
     assert "ended with 3" in caplog.text
