@@ -67,7 +67,7 @@ class StripCandidate(Candidate):
             "out_height": image.out_size[0], "out_width": image.out_size[1],
             "top": image.start[0], "left": image.start[1],
             "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
-            "channels": image.groups * image.outputs, "results": image.outputs,
+            "channels": image.groups * image.outputs,
             "strips": self._strips, "bands": bands, "tasks": self._planes * bands,
         }  # fmt: skip
         for key, argument in (values | extras.arguments(image.out_size[1])).items():
@@ -100,31 +100,48 @@ def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -
     """The kernel's body."""
     columns = range(image.kernel[1])
     taps = range(image.taps)
+    whole = image.out_size[1] >= LANES
     finish = []
     for row in range(strip):
         step = [
             f"c += {4} * out_width",
             *(f"e{i} += e{i}_row" for i in range(len(extras.operands))),
         ]
-        inner = [*(step if row else []), *epilogue.register_lines(f"s{row}", 0, "present")]
+        stored = epilogue.register_lines(f"s{row}", 0, "" if whole else "present")
+        inner = [*(step if row else []), *stored]
         finish += [f"if rows > {row}:", *indent(1, inner)] if row else inner
     parts = {
         "prologue": epilogue.prologue(),
         "share": SHARE,
         "weights": [f"w{t} = broadcast(read(own + {4 * t}, FLOAT32), FLOAT32)" for t in taps],
         "masks": [line for x in columns for line in _mask_lines(image, x)],
+        "place": _place_lines(whole),
         "zero": [f"s{row} = broadcast(0.0, FLOAT32)" for row in range(strip)],
         "rows": [line for r in range(_input_rows(image, strip)) for line in _row(image, strip, r)],
         "starts": [
             f"e{i} = extra{i} + image * extra{i}_image + channel * extra{i}_channel"
-            + (f" + row * e{i}_row + {extra.width} * column" if extra.along else "")
+            + (f" + row * e{i}_row + {extra.width} * place" if extra.along else "")
             for i, extra in enumerate(extras.operands)
         ],
         "constants": epilogue.row_lines(),
         "finish": finish,
     }
-    sizes = {"STRIP": strip, "TAPS": image.taps, "DOWN": image.stride[0], "ACROSS": image.stride[1]}
+    sizes = {
+        "STRIP": strip,
+        "TAPS": image.taps,
+        "DOWN": image.stride[0],
+        "ACROSS": image.stride[1],
+        "RESULTS": image.outputs,
+    }
     return fill(_BODY, parts, sizes)
+
+
+def _place_lines(whole: bool) -> list[str]:
+    """Lines that say which columns of the output a vector has. If all vectors are ``whole``, the
+    last ends with the row: some pixels are computed twice."""
+    if whole:
+        return ["place = min(column, out_width - LANES)"]
+    return ["place = column", "present = mask_first(out_width - column, FLOAT32)"]
 
 
 def _mask_lines(image: Image, x: int) -> list[str]:
@@ -136,9 +153,9 @@ def _mask_lines(image: Image, x: int) -> list[str]:
 
 def _row(image: Image, strip: int, number: int) -> list[str]:
     """Lines that multiply an input row, ``number`` rows below the strip's first."""
-    lines = [f"place = start + {4 * number} * width"]
+    lines = [f"line = start + {4 * number} * width"]
     for x in range(image.kernel[1]):
-        place = f"place + {4 * x}"
+        place = f"line + {4 * x}"
         if image.stride[1] == 1:
             lines.append(f"value = load_masked({place}, FLOAT32, m{x})")
         else:
@@ -153,34 +170,41 @@ def _row(image: Image, strip: int, number: int) -> list[str]:
 _BODY = """
 <prologue>
 <share>
+all_bands = task // channels
+channel = task - all_bands * channels
 while task < stop:
-    number = task // bands
-    band = task - number * bands
-    image = number // channels
-    channel = number - image * channels
-    origin = x + number // results * plane
-    own = weight + 4 * TAPS * channel
-    <weights>
-    column = 0
-    while column < out_width:
-        first = column * ACROSS - left
-        present = mask_first(out_width - column, FLOAT32)
-        <masks>
-        row = band * strips // bands * STRIP
-        last_row = min((band + 1) * strips // bands * STRIP, out_height)
-        while row < last_row:
-            rows = min(last_row - row, STRIP)
-            top_row = row * DOWN - top
-            start = origin + 4 * (top_row * width + first)
-            <zero>
-            <rows>
-            c = y + number * out_plane + 4 * (row * out_width + column)
-            <starts>
-            <constants>
-            <finish>
-            row += STRIP
-        column += LANES
-    task += 1
+    image = all_bands // bands
+    band = all_bands - image * bands
+    first_row = band * strips // bands * STRIP
+    last_row = min((band + 1) * strips // bands * STRIP, out_height)
+    last_channel = min(channels, channel + stop - task)
+    task += last_channel - channel
+    while channel < last_channel:
+        number = image * channels + channel
+        origin = x + number // RESULTS * plane
+        own = weight + 4 * TAPS * channel
+        <weights>
+        column = 0
+        while column < out_width:
+            <place>
+            first = place * ACROSS - left
+            <masks>
+            row = first_row
+            while row < last_row:
+                rows = min(last_row - row, STRIP)
+                top_row = row * DOWN - top
+                start = origin + 4 * (top_row * width + first)
+                <zero>
+                <rows>
+                c = y + number * out_plane + 4 * (row * out_width + place)
+                <starts>
+                <constants>
+                <finish>
+                row += STRIP
+            column += LANES
+        channel += 1
+    channel = 0
+    all_bands += 1
 """
 
 

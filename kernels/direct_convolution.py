@@ -38,6 +38,7 @@ from graphopt.kernels.tile import (
     WORTH_SHARING,
     TileShape,
     fill,
+    product_lines,
 )
 
 _TILES = (
@@ -142,30 +143,13 @@ def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
         "prologue": epilogue.prologue(),
         "share": SHARE,
         "zero": [f"s{row}_{v} = broadcast(0.0, FLOAT32)" for row in rows for v in columns],
-        "products": _product_lines(rows, columns),
+        "products": product_lines(tile, "a", "place"),
         "starts": epilogue_starts(epilogue),
         "finish": [
             epilogue.tile_line(f"({sums})", tile.width, tile.width, str(tile.width * LANES))
         ],
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
-
-
-def _product_lines(rows: range, columns: range) -> list[str]:
-    """Lines that add the products of an input channel.
-
-    Of its numbers, the fewer, weights or vectors of pixels, are kept in registers while the others
-    pass by: with all of them there, the registers would not suffice.
-    """
-    weights = [f"w{row} = broadcast(read(a + {4 * row}, FLOAT32), FLOAT32)" for row in rows]
-    pixels = [f"x{v} = load(place + {4 * LANES * v}, FLOAT32)" for v in columns]
-    sums = [[f"s{row}_{v} = fma(x{v}, w{row}, s{row}_{v})" for v in columns] for row in rows]
-    kept, passing = (pixels, weights) if len(columns) < len(rows) else (weights, pixels)
-    turns = sums if passing is weights else list(zip(*sums, strict=True))
-    lines = list(kept)
-    for one, products in zip(passing, turns, strict=True):
-        lines += [one, *products]
-    return lines
 
 
 _BODY = """

@@ -117,17 +117,20 @@ class Epilogue:
         """Lines that read what is the same for a row of the tile, from the addresses ``e{i}``."""
         return self._constants("e")
 
-    def register_lines(self, product: str, vector: int, mask: str) -> list[str]:
+    def register_lines(self, product: str, vector: int, mask: str = "") -> list[str]:
         """Lines that finish a vector of a row, which ``product`` holds, and store it at ``c``.
 
-        They follow `row_lines`; ``mask`` is that of the columns that exist.
+        They follow `row_lines`; ``mask`` is that of the columns that exist, if some may not.
         """
-        lines = [f"mask = {mask}"]
+        masked = ", mask" if mask else ""
+        load, store = ("load_masked", "store_first") if mask else ("load", "store")
+        lines = [f"mask = {mask}"] if mask else []
         for index in self._along:
             extra = self.extras[index]
             address = f"e{index} + {vector * LANES * extra.width}"
-            lines.append(f"v{index} = load_masked({address}, {extra.dtype.upper()}, mask)")
-        return [*lines, f"store_first(c + {4 * vector * LANES}, {self._finished(product)}, mask)"]
+            lines.append(f"v{index} = {load}({address}, {extra.dtype.upper()}{masked})")
+        address = f"c + {4 * vector * LANES}"
+        return [*lines, f"{store}({address}, {self._finished(product)}{masked})"]
 
     def tile_line(
         self, tile: str, width: int, whole: int, columns: str = "columns", below: str = ""

@@ -30,6 +30,7 @@ SELECTION = [
     "test_depthwise.py::test_padded_planes",
     "test_depthwise.py::test_shapes",
     "test_direct_convolution.py::test_sizes",
+    "test_row_convolution.py::test_shapes",
     "test_dynamic_matmul.py::test_sizes",
     "test_gather.py::test_rows",
     "test_integer_convolution.py::test_shapes",
