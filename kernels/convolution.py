@@ -54,6 +54,8 @@ _PANEL_BYTES = SECOND_CACHE // 4
 """Bytes of panels that are kept while the output channels pass by."""
 _PACK_CYCLES = 1.5
 """Cycles to copy one piece of a vector of a panel."""
+_WEIGHT_BYTES_PER_CYCLE = 32
+"""Of weights, which come from far for each block of pixels, mostly while others are multiplied."""
 
 
 @dataclass(frozen=True)
@@ -364,7 +366,8 @@ def _block_cycles(
     depth = image.channels * image.taps
     copy = vectors * depth * pack_cycles(image) + 200
     steps = vectors * tile.cycles / tile.width + columns / 2
-    return copy, tiles * (steps * depth + 3 * tile.height * vectors)
+    read = 4 * tile.height * depth / _WEIGHT_BYTES_PER_CYCLE
+    return copy, tiles * (steps * depth + read + 3 * tile.height * vectors)
 
 
 def image_epilogue(problem: ConvolutionProblem, image: Image, block: Arguments) -> Epilogue:

@@ -50,6 +50,8 @@ _AT_ONCE = 4 if LANES == 16 else 2
 """Output channels whose sums for a column of a tile fit the registers."""
 _MOST_CHANNELS = 16
 _LEAST_OUTPUTS = 16
+_SPILLING = 1.0 if LANES == 16 else 1.6
+"""How much longer all takes with the few registers that there are of short vectors."""
 
 WEIGHT_TRANSFORM = np.array(
     [[2, 0, 0, 0], [1, 1, 1, 1], [-1 / 3, 1 / 3, -1 / 3, 1 / 3], [-8 / 3, -4 / 3, -2 / 3, -1 / 3],
@@ -198,7 +200,7 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     cycles = product + splitting + turning / VECTORS_PER_CYCLE + 500
     if sum(_scratch(image, cut)) > KEPT_BYTES:
         cycles *= 1.3
-    return math.ceil(tasks / threads) * cycles
+    return math.ceil(tasks / threads) * cycles * _SPILLING
 
 
 # -- the kernel's body ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -242,7 +243,7 @@ class _Writer:
 
     def contenders(self, works: Sequence[Work]) -> list[list[Candidate]]:
         """For each work the candidates that may solve its problem, none where no kernel has to.
-        Those that will be timed are compiled, many at once.
+        If some will be timed, all are compiled, many at once.
 
         Another size of the same graph takes the kernels that were chosen for the first.
         """
@@ -257,9 +258,10 @@ class _Writer:
                     contenders[-1] = selecting.contenders(
                         work.problem, self.threads, self.selection, prefer
                     )
-                if len(contenders[-1]) > 1:
-                    for candidate in contenders[-1]:
-                        candidate.build(self.threads)
+            # Where nothing is to be timed, all was compiled before, most likely.
+            if any(len(found) > 1 for found in contenders):
+                for candidate in itertools.chain.from_iterable(contenders):
+                    candidate.build(self.threads)
         compile_ahead(wanted, default_threads())
         return contenders
 

@@ -32,8 +32,8 @@ from graphopt.kernels.operand import ConstantOperand, Operand
 from graphopt.kernels.problem import Problem
 from graphopt.kernels.registry import Candidate, candidates
 
-TIMED_CANDIDATES = 4
-CLEARLY_WORSE = 3.0
+TIMED_CANDIDATES = 3
+CLEARLY_WORSE = 2.0
 TURNS = 6
 SECONDS_PER_TURN = 1e-3
 FAR = 2**22
