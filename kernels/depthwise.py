@@ -98,7 +98,6 @@ def _input_rows(image: Image, strip: int) -> int:
 
 def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    columns = range(image.kernel[1])
     taps = range(image.taps)
     whole = image.out_size[1] >= LANES
     finish = []
@@ -114,7 +113,7 @@ def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -
         "prologue": epilogue.prologue(),
         "share": SHARE,
         "weights": [f"w{t} = broadcast(read(own + {4 * t}, FLOAT32), FLOAT32)" for t in taps],
-        "masks": [line for x in columns for line in _mask_lines(image, x)],
+        "masks": [line for read in _reads(image) for line in _mask_lines(image, *read)],
         "place": _place_lines(whole),
         "zero": [f"s{row} = broadcast(0.0, FLOAT32)" for row in range(strip)],
         "rows": [line for r in range(_input_rows(image, strip)) for line in _row(image, strip, r)],
@@ -144,26 +143,41 @@ def _place_lines(whole: bool) -> list[str]:
     return ["place = column", "present = mask_first(out_width - column, FLOAT32)"]
 
 
-def _mask_lines(image: Image, x: int) -> list[str]:
-    """Lines that make the masks of the columns under position ``x`` of the kernel."""
-    low = f"m{x} = mask_between(first + {x}, 1, width, FLOAT32)"
-    high = f"h{x} = mask_between(first + {x} + LANES, 1, width, FLOAT32)"
-    return [low] if image.stride[1] == 1 else [low, high]
+def _reads(image: Image) -> list[tuple[int, int]]:
+    """The positions of a kernel's row that are read together: the first, and how many."""
+    width = image.kernel[1]
+    whole = width // 3 * 3 if image.stride[1] == 2 else 0
+    return [*((x, 3) for x in range(0, whole, 3)), *((x, 1) for x in range(whole, width))]
+
+
+def _mask_lines(image: Image, x: int, count: int) -> list[str]:
+    """Lines that make the masks of what is read for ``count`` positions from ``x`` on."""
+    names = "m" if image.stride[1] == 1 else "mh" if count == 1 else "mhl"
+    return [
+        f"{name}{x} = mask_between(first + {x} + {vector} * LANES, 1, width, FLOAT32)"
+        for vector, name in enumerate(names)
+    ]
 
 
 def _row(image: Image, strip: int, number: int) -> list[str]:
     """Lines that multiply an input row, ``number`` rows below the strip's first."""
-    lines = [f"line = start + {4 * number} * width"]
-    for x in range(image.kernel[1]):
-        place = f"line + {4 * x}"
+    # The next vector's columns are wanted after all rows: too far apart for the CPU to foresee.
+    ahead = f"prefetch(line + {4 * LANES * image.stride[1]})"
+    lines = [f"line = start + {4 * number} * width", ahead]
+    for first, count in _reads(image):
+        operands = f"line + {4 * first}, FLOAT32, m{first}"
         if image.stride[1] == 1:
-            lines.append(f"value = load_masked({place}, FLOAT32, m{x})")
+            lines.append(f"v{first} = load_masked({operands})")
+        elif count == 1:
+            lines.append(f"v{first} = load_even({operands}, h{first})")
         else:
-            lines.append(f"value = load_even({place}, FLOAT32, m{x}, h{x})")
-        for row in range(strip):
-            y = number - row * image.stride[0]
-            if 0 <= y < image.kernel[0]:
-                lines.append(f"s{row} = fma(value, w{y * image.kernel[1] + x}, s{row})")
+            values = ", ".join(f"v{first + more}" for more in range(count))
+            lines.append(f"{values} = load_three({operands}, h{first}, l{first})")
+        for x in range(first, first + count):
+            for row in range(strip):
+                y = number - row * image.stride[0]
+                if 0 <= y < image.kernel[0]:
+                    lines.append(f"s{row} = fma(v{x}, w{y * image.kernel[1] + x}, s{row})")
     return [f"if 0 <= top_row + {number} < height:", *indent(1, lines)]
 
 

@@ -53,6 +53,8 @@ def first_task(share: int, whole: int, shares: int, places: int, panels: int, pa
     """
     place = share * places // whole
     rest = share * places - place * whole
+    if rest == 0:
+        return place * panels * parts  # though the first panels may end here, so short are they
     # The first panel that has a task behind.
     panel, beyond = 0, panels
     while panel < beyond:

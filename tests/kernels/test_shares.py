@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphopt.kernels.registry import WHOLE
@@ -39,6 +39,7 @@ def longest(panels: Panels, parts: int, split: int) -> float:
 
 
 @given(PANELS, st.integers(1, 20), st.integers(1, 5), st.lists(st.integers(0, WHOLE)))
+@example([(0.0, 1.0), (0.0, 1.0), (48575.0, 1e6)], 1, 1, [])
 def test_every_task_has_one_thread(
     panels: Panels, parts: int, places: int, cuts: list[int]
 ) -> None:
