@@ -167,17 +167,17 @@ def _row(image: Image, strip: int, number: int) -> list[str]:
     for first, count in _reads(image):
         operands = f"line + {4 * first}, FLOAT32, m{first}"
         if image.stride[1] == 1:
-            lines.append(f"v{first} = load_masked({operands})")
+            lines.append(f"pixels{first} = load_masked({operands})")
         elif count == 1:
-            lines.append(f"v{first} = load_even({operands}, h{first})")
+            lines.append(f"pixels{first} = load_even({operands}, h{first})")
         else:
-            values = ", ".join(f"v{first + more}" for more in range(count))
+            values = ", ".join(f"pixels{first + more}" for more in range(count))
             lines.append(f"{values} = load_three({operands}, h{first}, l{first})")
         for x in range(first, first + count):
             for row in range(strip):
                 y = number - row * image.stride[0]
                 if 0 <= y < image.kernel[0]:
-                    lines.append(f"s{row} = fma(v{x}, w{y * image.kernel[1] + x}, s{row})")
+                    lines.append(f"s{row} = fma(pixels{x}, w{y * image.kernel[1] + x}, s{row})")
     return [f"if 0 <= top_row + {number} < height:", *indent(1, lines)]
 
 
