@@ -24,6 +24,7 @@ from graphopt.kernels.caches import SECOND_CACHE
 from graphopt.kernels.epilogue import Epilogue, ExtraOperand, epilogue_supported, image_strides
 from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.operand import ConstantOperand, Layout, Operand
+from graphopt.kernels.padded_rows import PaddedRows
 from graphopt.kernels.problem import ConvolutionProblem, MatmulProblem
 from graphopt.kernels.registry import (
     Argument,
@@ -87,6 +88,11 @@ class Image:
     @property
     def pixels(self) -> int:
         return math.prod(self.out_size)
+
+    @property
+    def rows(self) -> PaddedRows:
+        """How rows lie that are copied with their padding."""
+        return PaddedRows(self.out_size[1], self.kernel, self.stride, self.dilation)
 
     @property
     def is_pointwise(self) -> bool:

@@ -3,8 +3,10 @@
 They solve the `ConvolutionProblem` whose groups have one input channel each. Output pixels are in
 the lanes of vectors. A strip of output rows is computed straight from the image: each input row is
 loaded once per horizontal position of the kernel, with masks for what lies outside, and multiplied
-into all output rows that it belongs to. Large strides and dilations are left to the sliding windows
-of `window`, which copy the image with its padding first.
+into all output rows that it belongs to. The last vector of a row ends with it, and overlaps the one
+before, so that all are stored whole where the output is not narrower than a vector. Large strides
+and dilations are left to the sliding windows of `window`, which copy the image with its padding
+first.
 """
 
 from __future__ import annotations
@@ -86,14 +88,9 @@ def _strip_cycles(image: Image, strip: int) -> float:
     """Cycles of all tasks together, roughly."""
     strips = math.ceil(image.out_size[0] / strip)
     vectors = math.ceil(image.out_size[1] / LANES)
-    loads = _input_rows(image, strip) * image.kernel[1] * (1 if image.stride[1] == 1 else 3)
+    loads = image.rows.needed(strip) * image.kernel[1] * (1 if image.stride[1] == 1 else 3)
     work = (loads + strip * (image.taps + 4)) / VECTORS_PER_CYCLE + 20
     return image.batch * image.groups * image.outputs * (strips * vectors * work + 30)
-
-
-def _input_rows(image: Image, strip: int) -> int:
-    """Rows of the image that a strip needs."""
-    return (strip - 1) * image.stride[0] + image.kernel[0]
 
 
 def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -> list[str]:
@@ -116,7 +113,7 @@ def _strip_lines(image: Image, strip: int, extras: Extras, epilogue: Epilogue) -
         "masks": [line for read in _reads(image) for line in _mask_lines(image, *read)],
         "place": _place_lines(whole),
         "zero": [f"s{row} = broadcast(0.0, FLOAT32)" for row in range(strip)],
-        "rows": [line for r in range(_input_rows(image, strip)) for line in _row(image, strip, r)],
+        "rows": [line for r in range(image.rows.needed(strip)) for line in _row(image, strip, r)],
         "starts": [
             f"e{i} = extra{i} + image * extra{i}_image + channel * extra{i}_channel"
             + (f" + row * e{i}_row + {extra.width} * place" if extra.along else "")
@@ -184,11 +181,11 @@ def _row(image: Image, strip: int, number: int) -> list[str]:
 _BODY = """
 <prologue>
 <share>
-all_bands = task // channels
-channel = task - all_bands * channels
+image_and_band = task // channels
+channel = task - image_and_band * channels
 while task < stop:
-    image = all_bands // bands
-    band = all_bands - image * bands
+    image = image_and_band // bands
+    band = image_and_band - image * bands
     first_row = band * strips // bands * STRIP
     last_row = min((band + 1) * strips // bands * STRIP, out_height)
     last_channel = min(channels, channel + stop - task)
@@ -218,7 +215,7 @@ while task < stop:
             column += LANES
         channel += 1
     channel = 0
-    all_bands += 1
+    image_and_band += 1
 """
 
 

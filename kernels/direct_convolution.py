@@ -38,14 +38,14 @@ from graphopt.kernels.tile import (
     WORTH_SHARING,
     TileShape,
     fill,
-    product_lines,
 )
 
-_TILES = (
+TILES = (
     (TileShape(8, 3), TileShape(6, 4), TileShape(4, 7))
     if LANES == 16
     else (TileShape(4, 3), TileShape(6, 2))
 )
+"""Shapes that are finished in registers, of whole vectors only."""
 _CANDIDATES = 2
 _MOST_CHANNELS = 384
 
@@ -68,12 +68,7 @@ class DirectCandidate(Candidate):
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
         assert weight is not None
-        image, height = self.image, self.tile.height
-        rows = np.zeros((image.groups, self._tiles * height, image.channels), np.float32)
-        rows[:, : image.outputs] = weight.reshape(image.groups, image.outputs, image.channels)
-        packed = aligned_empty((image.groups, self._tiles, image.channels, height), np.float32)
-        packed[...] = rows.reshape(image.groups, self._tiles, height, -1).swapaxes(2, 3)
-        return [packed]
+        return [packed_tiles(weight, self.image, self.tile)]
 
     def overwrites(self) -> tuple[int, ...]:
         # Where the last panel overlaps the one before, some pixels are computed twice.
@@ -115,7 +110,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     if problem.outputs[0].size == 0 or image.channels > _MOST_CHANNELS:
         return []
     # The last panel ends with the image, so that all are whole.
-    fitting = [tile for tile in _TILES if tile.width * LANES <= image.pixels]
+    fitting = [tile for tile in TILES if tile.width * LANES <= image.pixels]
     found: list[Candidate] = []
     for tile in sorted(fitting, key=lambda tile: _cycles(image, tile))[:_CANDIDATES]:
         seconds = _cycles(image, tile) / CYCLES_PER_SECOND
@@ -129,26 +124,63 @@ def _cycles(image: Image, tile: TileShape) -> float:
     panels = math.ceil(image.pixels / (tile.width * LANES))
     # Where rows do not start on the lines of the cache, most loads touch two of them.
     lines = 1 if image.plane % LANES == 0 else 2
+    return image.batch * image.groups * panels * tiles * tile_cycles(tile, image.channels, lines)
+
+
+def tile_cycles(tile: TileShape, depth: int, lines: int) -> float:
+    """Cycles of a tile of so many steps whose loads touch so many lines of the cache, roughly."""
     loads = (lines * tile.width + tile.height / 2) / VECTORS_PER_CYCLE
     step = max(tile.height * tile.width / VECTORS_PER_CYCLE, loads) * 1.03
     finish = 4 * tile.height * tile.width / VECTORS_PER_CYCLE + 15
-    return image.batch * image.groups * panels * tiles * (image.channels * step + finish)
+    return depth * step + finish
+
+
+def packed_tiles(weight: np.ndarray, image: Image, tile: TileShape) -> np.ndarray:
+    """The weight as tiles read it: [group][tile][step of depth][row of the tile]."""
+    tiles, depth = math.ceil(image.outputs / tile.height), image.channels * image.taps
+    rows = np.zeros((image.groups, tiles * tile.height, depth), np.float32)
+    rows[:, : image.outputs] = weight.reshape(image.groups, image.outputs, depth)
+    packed = aligned_empty((image.groups, tiles, depth, tile.height), np.float32)
+    packed[...] = rows.reshape(image.groups, tiles, tile.height, depth).swapaxes(2, 3)
+    return packed
+
+
+def tile_parts(tile: TileShape, epilogue: Epilogue) -> dict[str, list[str]]:
+    """What a kernel's body has beside the products of a tile, see `fill`: its sums are named as
+    `product_lines` names them."""
+    sums = [f"s{row}_{v}" for row in range(tile.height) for v in range(tile.width)]
+    names, pixels = ", ".join(sums), tile.width * LANES
+    return {
+        "prologue": epilogue.prologue(),
+        "share": SHARE,
+        "zero": [f"{sum} = broadcast(0.0, FLOAT32)" for sum in sums],
+        "starts": epilogue_starts(epilogue),
+        "finish": [epilogue.tile_line(f"({names})", tile.width, tile.width, str(pixels))],
+    }
+
+
+def product_lines(tile: TileShape, weights: str, pixels: str) -> list[str]:
+    """Lines that add the products of one step to the sums ``s{row}_{vector}`` of a tile.
+
+    The addresses ``weights`` and ``pixels`` are those of a number per row and of vectors, side by
+    side. The fewer of both are kept in registers while the others pass by: with all of them there,
+    the registers would not suffice.
+    """
+    rows, columns = range(tile.height), range(tile.width)
+    factors = [f"w{row} = broadcast(read({weights} + {4 * row}, FLOAT32), FLOAT32)" for row in rows]
+    vectors = [f"x{v} = load({pixels} + {4 * LANES * v}, FLOAT32)" for v in columns]
+    sums = [[f"s{row}_{v} = fma(x{v}, w{row}, s{row}_{v})" for v in columns] for row in rows]
+    kept, passing = (vectors, factors) if tile.width < tile.height else (factors, vectors)
+    turns = sums if passing is factors else list(zip(*sums, strict=True))
+    lines = list(kept)
+    for one, products in zip(passing, turns, strict=True):
+        lines += [one, *products]
+    return lines
 
 
 def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    rows, columns = range(tile.height), range(tile.width)
-    sums = ", ".join(f"s{row}_{v}" for row in rows for v in columns)
-    parts = {
-        "prologue": epilogue.prologue(),
-        "share": SHARE,
-        "zero": [f"s{row}_{v} = broadcast(0.0, FLOAT32)" for row in rows for v in columns],
-        "products": product_lines(tile, "a", "place"),
-        "starts": epilogue_starts(epilogue),
-        "finish": [
-            epilogue.tile_line(f"({sums})", tile.width, tile.width, str(tile.width * LANES))
-        ],
-    }
+    parts = tile_parts(tile, epilogue) | {"products": product_lines(tile, "a", "place")}
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
 
 

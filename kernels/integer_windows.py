@@ -23,6 +23,7 @@ from graphopt.kernels.integer_convolution import (
 from graphopt.kernels.integer_problems import IntegerConvolutionProblem, IntegerPoolingProblem
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.operand import GROUP, Layout
+from graphopt.kernels.padded_rows import PaddedRows
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -63,41 +64,28 @@ class IntegerWindows:
         return math.prod(self.kernel)
 
     @property
-    def phase_pitch(self) -> int:
-        """Bytes of the columns of a row that have one remainder modulo the stride."""
-        reach = (self.kernel[1] - 1) * self.dilation[1] // self.stride[1]
-        return 4 * LANES * (math.ceil(self.out_size[1] / LANES) + math.ceil(reach / LANES))
-
-    @property
-    def pitch(self) -> int:
-        """Bytes of a padded row."""
-        return self.stride[1] * self.phase_pitch
-
-    @property
-    def window_height(self) -> int:
-        return (self.kernel[0] - 1) * self.dilation[0] + 1
-
-    def padded_rows(self, rows: int) -> int:
-        """Rows of the image that ``rows`` output rows need."""
-        return (rows - 1) * self.stride[0] + self.window_height
+    def rows(self) -> PaddedRows:
+        """How the rows of a plane are copied."""
+        columns = LANES * math.ceil(self.out_size[1] / LANES)
+        return PaddedRows(columns, self.kernel, self.stride, self.dilation)
 
     @property
     def block_rows(self) -> int:
         """Output rows of a task."""
-        fitting = (_BLOCK_BYTES // self.pitch - self.window_height) // self.stride[0]
+        fitting = (_BLOCK_BYTES // self.rows.pitch - self.rows.needed(1)) // self.stride[0]
         blocks = math.ceil(self.out_size[0] / max(fitting, 1))
         return math.ceil(self.out_size[0] / blocks)
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch memory of one thread."""
-        return self.padded_rows(self.block_rows) * self.pitch
+        return self.rows.needed(self.block_rows) * self.rows.pitch
 
     def cycles(self, per_tap: float) -> float:
         """Cycles of all tasks together, roughly."""
         vectors = math.ceil(self.out_size[1] / LANES)
         windows = self.out_size[0] * vectors * (self.taps * (per_tap + 1) + 24)
-        copied = self.padded_rows(self.out_size[0]) * self.pitch / (4 * LANES)
+        copied = self.rows.needed(self.out_size[0]) * self.rows.pitch / (4 * LANES)
         return self.batch * self.words * (windows + 3 * copied + 60)
 
     def arguments(self, plane: int, out_plane: int) -> Arguments:
@@ -107,17 +95,16 @@ class IntegerWindows:
             "x": Input(0), "weight": Packed(0), "finish": Packed(1), "numbers": Packed(2),
             "y": Output(0), "scratch": Scratch(), "thread_scratch": self.scratch_bytes,
             "words": self.words, "blocks": blocks, "tasks": self.batch * self.words * blocks,
-            "block_rows": self.block_rows, "window_height": self.window_height,
+            "block_rows": self.block_rows, "window_height": self.rows.needed(1),
             "height": self.size[0], "width": self.size[1],
             "out_height": self.out_size[0], "out_width": self.out_size[1],
             "plane": plane, "out_plane": out_plane,
             "top": self.start[0], "left": self.start[1],
-            "pitch": self.pitch, "phase_pitch": self.phase_pitch,
+            "pitch": self.rows.pitch, "phase_pitch": self.rows.phase_pitch,
             "down": self.stride[0], "dilation_height": self.dilation[0],
         }  # fmt: skip
         for column in range(self.kernel[1]):
-            place, phase = divmod(column * self.dilation[1], self.stride[1])
-            values[f"tap{column}"] = phase * self.phase_pitch + 4 * place
+            values[f"tap{column}"] = self.rows.tap(0, column)
         block = Arguments()
         block.add_all(values)
         return block

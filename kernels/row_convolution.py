@@ -15,9 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import panel, source
-from graphopt.kernels.convolution import Image, epilogue_starts, image_epilogue, image_of
+from graphopt.kernels.convolution import Image, image_epilogue, image_of
+from graphopt.kernels.direct_convolution import (
+    TILES,
+    packed_tiles,
+    product_lines,
+    tile_cycles,
+    tile_parts,
+)
 from graphopt.kernels.epilogue import Epilogue
-from graphopt.kernels.loops import SHARE, Arguments, kernel_text
+from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (
     Argument,
@@ -27,25 +34,17 @@ from graphopt.kernels.registry import (
     Packed,
     Scratch,
     Step,
-    aligned_empty,
     register,
 )
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
-    VECTORS_PER_CYCLE,
     VOCABULARY,
     WORTH_SHARING,
     TileShape,
     fill,
-    product_lines,
 )
 
-_TILES = (
-    (TileShape(8, 3), TileShape(6, 4), TileShape(4, 7))
-    if LANES == 16
-    else (TileShape(4, 3), TileShape(6, 2))
-)
 _MOST_CHANNELS = 16
 _MOST_COLUMNS = 7
 """Columns of a kernel, whose products are spelled out."""
@@ -66,16 +65,12 @@ class RowCandidate(Candidate):
     tile: TileShape
 
     @property
-    def _tiles(self) -> int:
-        return math.ceil(self.image.outputs / self.tile.height)
-
-    @property
     def _block_rows(self) -> int:
         return min(_BLOCK_ROWS, self.image.out_size[0])
 
     @property
     def _channel_bytes(self) -> int:
-        return _rows_needed(self.image, self._block_rows) * _pitch(self.image)
+        return self.image.rows.needed(self._block_rows) * self.image.rows.pitch
 
     def packing(self) -> tuple[TileShape]:
         return (self.tile,)
@@ -83,12 +78,7 @@ class RowCandidate(Candidate):
     def pack(self, constants: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         weight = constants[1]
         assert weight is not None
-        image, height = self.image, self.tile.height
-        rows = np.zeros((self._tiles * height, image.channels * image.taps), np.float32)
-        rows[: image.outputs] = weight.reshape(image.outputs, -1)
-        packed = aligned_empty((self._tiles, rows.shape[1], height), np.float32)
-        packed[...] = rows.reshape(self._tiles, height, -1).swapaxes(1, 2)
-        return [packed]
+        return [packed_tiles(weight, self.image, self.tile)]
 
     def scratch_bytes(self, threads: int) -> int:
         return threads * self.image.channels * self._channel_bytes
@@ -109,14 +99,15 @@ class RowCandidate(Candidate):
             "x": Input(0), "weight": Packed(0), "y": Output(0), "scratch": Scratch(),
             "pad": source.shared(panel.pad_rows).address,
             "thread_scratch": self.scratch_bytes(1), "channel_bytes": self._channel_bytes,
-            "channels": image.channels, "outputs": image.outputs, "tiles": self._tiles,
+            "channels": image.channels, "outputs": image.outputs,
+            "tiles": math.ceil(image.outputs / self.tile.height),
             "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "height": image.size[0], "width": image.size[1],
             "out_height": image.out_size[0], "out_width": image.out_size[1],
-            "kernel_height": image.kernel[0], "window_height": _rows_needed(image, 1),
-            "row_step": image.dilation[0] * _pitch(image), "stride_height": image.stride[0],
+            "kernel_height": image.kernel[0], "window_height": image.rows.needed(1),
+            "row_step": image.dilation[0] * image.rows.pitch, "stride_height": image.stride[0],
             "top": image.start[0], "left": image.start[1],
-            "pitch": _pitch(image), "phase_pitch": _phase_pitch(image),
+            "pitch": image.rows.pitch, "phase_pitch": image.rows.phase_pitch,
             "block_rows": self._block_rows, "blocks": blocks, "tasks": image.batch * blocks,
         }  # fmt: skip
         block.add_all(values)
@@ -132,31 +123,15 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
         return []
     if problem.outputs[0].size == 0 or image.taps == 1 or image.kernel[1] > _MOST_COLUMNS:
         return []
-    if image.channels * _rows_needed(image, 1) * _pitch(image) > _MOST_BYTES:
+    if image.channels * image.rows.needed(1) * image.rows.pitch > _MOST_BYTES:
         return []
     # The last panel of a row ends with it, so that all are whole.
-    fitting = [tile for tile in _TILES if tile.width * LANES <= image.out_size[1]]
-    found: list[Candidate] = []
-    for tile in sorted(fitting, key=lambda tile: _cycles(image, tile))[:1]:
-        seconds = _cycles(image, tile) / CYCLES_PER_SECOND
-        found.append(RowCandidate(f"convolution by rows {tile}", problem, seconds, image, tile))
-    return found
-
-
-def _rows_needed(image: Image, rows: int) -> int:
-    """Rows of the image that ``rows`` output rows need."""
-    return (rows - 1) * image.stride[0] + (image.kernel[0] - 1) * image.dilation[0] + 1
-
-
-def _phase_pitch(image: Image) -> int:
-    """Bytes of the columns of a row that have one remainder modulo the stride."""
-    reach = (image.kernel[1] - 1) * image.dilation[1] // image.stride[1]
-    return 4 * LANES * math.ceil((image.out_size[1] + reach) / LANES)
-
-
-def _pitch(image: Image) -> int:
-    """Bytes of a copied row."""
-    return image.stride[1] * _phase_pitch(image)
+    fitting = [tile for tile in TILES if tile.width * LANES <= image.out_size[1]]
+    if not fitting:
+        return []
+    tile = min(fitting, key=lambda tile: _cycles(image, tile))
+    seconds = _cycles(image, tile) / CYCLES_PER_SECOND
+    return [RowCandidate(f"convolution by rows {tile}", problem, seconds, image, tile)]
 
 
 def _cycles(image: Image, tile: TileShape) -> float:
@@ -164,34 +139,20 @@ def _cycles(image: Image, tile: TileShape) -> float:
     tiles = math.ceil(image.outputs / tile.height)
     panels = math.ceil(image.out_size[1] / (tile.width * LANES))
     # Most loads touch two lines of the cache.
-    loads = (2 * tile.width + tile.height / 2) / VECTORS_PER_CYCLE
-    step = max(tile.height * tile.width / VECTORS_PER_CYCLE, loads) * 1.03
-    finish = 4 * tile.height * tile.width / VECTORS_PER_CYCLE + 15
-    rows = tiles * panels * (image.channels * image.taps * step + finish)
-    copied = _rows_needed(image, _BLOCK_ROWS) / _BLOCK_ROWS * _pitch(image) / (4 * LANES)
+    rows = tiles * panels * tile_cycles(tile, image.channels * image.taps, lines=2)
+    copied = image.rows.needed(_BLOCK_ROWS) / _BLOCK_ROWS * image.rows.pitch / (4 * LANES)
     copy = image.channels * copied * _COPY_CYCLES
     return image.batch * image.out_size[0] * (rows + copy)
 
 
 def _lines(image: Image, tile: TileShape, epilogue: Epilogue) -> list[str]:
     """The kernel's body."""
-    rows, columns = range(tile.height), range(tile.width)
-    sums = ", ".join(f"s{row}_{v}" for row in rows for v in columns)
     products = []
-    for position in range(image.kernel[1]):
-        place, phase = divmod(position * image.dilation[1], image.stride[1])
-        pixels = f"place + {phase} * phase_pitch + {4 * place}"
-        products += product_lines(tile, f"w + {4 * tile.height * position}", pixels)
-    parts = {
-        "prologue": epilogue.prologue(),
-        "share": SHARE,
-        "zero": [f"s{row}_{v} = broadcast(0.0, FLOAT32)" for row in rows for v in columns],
-        "products": products,
-        "starts": epilogue_starts(epilogue),
-        "finish": [
-            epilogue.tile_line(f"({sums})", tile.width, tile.width, str(tile.width * LANES))
-        ],
-    }
+    for column in range(image.kernel[1]):
+        phase, more = image.rows.place(column)
+        pixels = f"place + {phase} * phase_pitch + {more}"
+        products += product_lines(tile, f"w + {4 * tile.height * column}", pixels)
+    parts = tile_parts(tile, epilogue) | {"products": products}
     sizes = {
         "HEIGHT": tile.height,
         "PIXELS": tile.width * LANES,

@@ -364,22 +364,3 @@ def fill(template: str, parts: Mapping[str, Sequence[str]], sizes: Mapping[str, 
         else:
             lines.append(line)
     return lines
-
-
-def product_lines(tile: TileShape, weights: str, pixels: str) -> list[str]:
-    """Lines that add the products of one step to the sums ``s{row}_{vector}`` of a tile.
-
-    The addresses ``weights`` and ``pixels`` are those of a number per row and of vectors, side by
-    side. The fewer of both are kept in registers while the others pass by: with all of them there,
-    the registers would not suffice.
-    """
-    rows, columns = range(tile.height), range(tile.width)
-    factors = [f"w{row} = broadcast(read({weights} + {4 * row}, FLOAT32), FLOAT32)" for row in rows]
-    vectors = [f"x{v} = load({pixels} + {4 * LANES * v}, FLOAT32)" for v in columns]
-    sums = [[f"s{row}_{v} = fma(x{v}, w{row}, s{row}_{v})" for v in columns] for row in rows]
-    kept, passing = (vectors, factors) if tile.width < tile.height else (factors, vectors)
-    turns = sums if passing is factors else list(zip(*sums, strict=True))
-    lines = list(kept)
-    for one, products in zip(passing, turns, strict=True):
-        lines += [one, *products]
-    return lines

@@ -18,6 +18,7 @@ from graphopt.kernels.epilogue import Epilogue, ExtraOperand
 from graphopt.kernels.expression import Expression
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.operand import Operand
+from graphopt.kernels.padded_rows import PaddedRows
 from graphopt.kernels.registry import (
     Argument,
     Input,
@@ -73,32 +74,23 @@ class Windows:
         return math.prod(self.kernel)
 
     @property
-    def phase_pitch(self) -> int:
-        """Bytes of the columns of a row that have one remainder modulo the stride."""
-        reach = (self.kernel[1] - 1) * self.dilation[1] // self.stride[1]
-        return 4 * LANES * (math.ceil(self.out_size[1] / LANES) + math.ceil(reach / LANES))
-
-    @property
-    def pitch(self) -> int:
-        """Bytes of a padded row."""
-        return self.stride[1] * self.phase_pitch
-
-    def padded_rows(self, rows: int) -> int:
-        """Rows of the image that ``rows`` output rows need."""
-        return (rows - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] + 1
+    def rows(self) -> PaddedRows:
+        """How the rows of a plane are copied."""
+        columns = LANES * math.ceil(self.out_size[1] / LANES)
+        return PaddedRows(columns, self.kernel, self.stride, self.dilation)
 
     @property
     def block_rows(self) -> int:
         """Output rows of a task, a multiple of the strip."""
         strips = math.ceil(self.out_size[0] / self.strip)
-        fitting = _BLOCK_BYTES // self.pitch - self.padded_rows(1)
+        fitting = _BLOCK_BYTES // self.rows.pitch - self.rows.needed(1)
         blocks = math.ceil(strips / max(fitting // (self.strip * self.stride[0]), 1))
         return math.ceil(strips / blocks) * self.strip
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch memory of one thread."""
-        return self.padded_rows(self.block_rows) * self.pitch
+        return self.rows.needed(self.block_rows) * self.rows.pitch
 
     @property
     def cycles(self) -> float:
@@ -107,16 +99,14 @@ class Windows:
         strips = math.ceil(self.out_size[0] / self.strip)
         windows = self.results * strips * vectors * (self.taps * (1 + self.strip) + 5 * self.strip)
         blocks = math.ceil(self.out_size[0] / self.block_rows)
-        copied = blocks * self.padded_rows(self.block_rows) * self.pitch / (4 * LANES)
+        copied = blocks * self.rows.needed(self.block_rows) * self.rows.pitch / (4 * LANES)
         return self.planes * (windows + 2 * copied + 50)
 
     def offsets(self) -> np.ndarray:
         """Bytes from a window's first position to each of the others, int64."""
         table = aligned_empty((self.taps,), np.int64)
         for tap in range(self.taps):
-            row, column = divmod(tap, self.kernel[1])
-            place, phase = divmod(column * self.dilation[1], self.stride[1])
-            table[tap] = row * self.dilation[0] * self.pitch + phase * self.phase_pitch + 4 * place
+            table[tap] = self.rows.tap(*divmod(tap, self.kernel[1]))
         return table
 
     def step(self, extras: Extras, parallel: bool) -> Step:
@@ -129,11 +119,11 @@ class Windows:
             "thread_scratch": self.scratch_bytes, "tasks": self.planes * blocks, "blocks": blocks,
             "block_rows": self.block_rows, "results": self.results, "taps": self.taps,
             "channels": self.channels * self.results,
-            "window_height": self.padded_rows(1), "height": self.size[0], "width": self.size[1],
+            "window_height": self.rows.needed(1), "height": self.size[0], "width": self.size[1],
             "out_height": self.out_size[0], "out_width": self.out_size[1],
             "stride_height": self.stride[0], "stride_width": self.stride[1],
             "top": self.start[0], "left": self.start[1],
-            "pitch": self.pitch, "phase_pitch": self.phase_pitch,
+            "pitch": self.rows.pitch, "phase_pitch": self.rows.phase_pitch,
         }  # fmt: skip
         block.add_all(values | extras.arguments(self.out_size[1]))
         epilogue = Epilogue(extras.expression, extras.operands, len(block.names))

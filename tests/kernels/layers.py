@@ -134,15 +134,51 @@ class Convolution:
             epilogue,
         )
 
-    def check(self, weight: np.ndarray | None = None, places: Sequence[int] = ()) -> None:
-        """Check all candidates, with random weights unless others are given, and padded planes at
-        ``places`` (`with_padded`)."""
+    def check(
+        self,
+        weight: np.ndarray | None = None,
+        places: Sequence[int] = (),
+        kind: type[Candidate] = Candidate,
+    ) -> None:
+        """Check all candidates, or those of a kind, with random weights unless others are given,
+        and padded planes at ``places`` (`with_padded`)."""
         x = numbers(self.x)
         weight = numbers(self.weight, 1) if weight is None else weight
         expected = self.convolve(x, weight)
         magnitude = self.convolve(np.abs(x), np.abs(weight))
         problem = with_padded(self.problem(expected.shape, zeros=zero_pattern(weight)), places)
-        check(problem, [x, weight], expected, magnitude)
+        check(problem, [x, weight], expected, magnitude, found=of_kind(problem, kind))
+
+    def check_special(self, value: float) -> None:
+        """Check all candidates with a value as more and more of the image's elements."""
+        x, weight = numbers(self.x), numbers(self.weight, 1)
+        for place in (0, x.size // 2, x.size - 1):
+            x.flat[place] = value
+            with np.errstate(invalid="ignore"):
+                expected = self.convolve(x, weight)
+                finite = np.nan_to_num(x, posinf=0, neginf=0)
+                magnitude = self.convolve(np.abs(finite), np.abs(weight))
+            check(self.problem(expected.shape), [x, weight], expected, magnitude)
+
+    def check_residual(self, places: Sequence[int], kind: type[Candidate]) -> None:
+        """Check all candidates, some of which are of a kind, with a bias, something of the shape of
+        the result that is added, and padded planes at ``places``."""
+        x, weight = numbers(self.x), numbers(self.weight, 1)
+        product = self.convolve(x, weight)
+        bias, residual = numbers(product.shape[1:2], 3), numbers(product.shape, 2)
+        epilogue = chain(("add", "e0"), ("add", "e1"), extras=2)
+        extras = [Operand.plain("float32", other.shape) for other in (bias, residual)]
+        problem = with_padded(self.problem(product.shape, epilogue, extras), places)
+        added = bias.reshape(-1, 1, 1) + residual.astype(np.float64)
+        magnitude = self.convolve(np.abs(x), np.abs(weight)) + np.abs(bias).reshape(-1, 1, 1)
+        assert of_kind(problem, kind)
+        inputs = [x, weight, bias, residual]
+        check(problem, inputs, product + added, magnitude + np.abs(residual))
+
+
+def of_kind(problem: Problem, kind: type[Candidate]) -> list[Candidate]:
+    """The candidates of a kind."""
+    return [one for one in candidates(problem) if isinstance(one, kind)]
 
 
 def check_overwriting(
@@ -158,8 +194,7 @@ def check_overwriting(
         [Operand.plain("float32", bias.shape), Operand.plain("float32", residual.shape)],
         zero_pattern(weight),
     )
-    found = [one for one in candidates(problem) if isinstance(one, kind)]
-    overwriting = [one for one in found if one.overwrites()]
+    overwriting = [one for one in of_kind(problem, kind) if one.overwrites()]
     assert overwriting
     for candidate in overwriting:
         assert candidate.overwrites() == (3,)

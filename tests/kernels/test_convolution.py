@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import Convolution, chain, check, numbers
+from layers import Convolution, chain, check, numbers, of_kind
 from support import execute
 
+from graphopt.kernels.convolution import ConvolutionCandidate
 from graphopt.kernels.operand import Layout, Operand
-from graphopt.kernels.registry import candidates
+from graphopt.kernels.registry import Candidate, candidates
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import TILES
 
@@ -110,6 +111,21 @@ EPILOGUES = {
 }
 
 
+def check_epilogue(name: str, case: Convolution, kind: type[Candidate]) -> None:
+    """Candidates of a kind make of an epilogue what the packed kernels, tested here, make of it."""
+    epilogue, shapes = EPILOGUES[name]
+    x, weight = numbers(case.x), numbers(case.weight, 1)
+    product = case.convolve(x, weight)
+    size = product.shape[2:]
+    shapes = [(*shape[:2], *size) if shape[2:] == (3, 7) else shape for shape in shapes]
+    inputs = [x, weight, *(numbers(shape, 2 + index) for index, shape in enumerate(shapes))]
+    extras = [Operand.plain("float32", shape) for shape in shapes]
+    problem = case.problem(product.shape, epilogue, extras)
+    (expected,) = execute(of_kind(problem, ConvolutionCandidate)[0], inputs)
+    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
+    check(problem, inputs, expected, magnitude, found=of_kind(problem, kind))
+
+
 @pytest.mark.parametrize("name", EPILOGUES)
 @pytest.mark.parametrize("case", [POINT, Convolution((2, 150, 3, 7), 11, (3, 3), padding=SAME)])
 def test_epilogues(name: str, case: Convolution) -> None:
@@ -150,15 +166,7 @@ def test_epilogues_of_one_pixel() -> None:
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_special_values_stay_where_they_belong(value: float) -> None:
     for case in (POINT, CASES["3 x 3"], CASES["3 x 3, strided"], CASES["patches"]):
-        x, weight = numbers(case.x), numbers(case.weight, 1)
-        for place in (0, x.size // 2, x.size - 1):
-            x.flat[place] = value
-            with np.errstate(invalid="ignore"):
-                expected = case.convolve(x, weight)
-                magnitude = case.convolve(
-                    np.abs(np.nan_to_num(x, posinf=0, neginf=0)), np.abs(weight)
-                )
-            check(case.problem(expected.shape), [x, weight], expected, magnitude)
+        case.check_special(value)
 
 
 def test_accuracy_is_that_of_torch() -> None:

@@ -95,10 +95,4 @@ def test_epilogue() -> None:
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_special_values_stay_where_they_belong(value: float) -> None:
     for case in (CASES["3 x 3"], CASES["strided"], CASES["sequence"]):
-        x, weight = numbers(case.x), numbers(case.weight, 1)
-        for place in (0, x.size // 2, x.size - 1):
-            x.flat[place] = value
-            expected = case.convolve(x, weight)
-            finite = np.nan_to_num(x, posinf=0, neginf=0)
-            magnitude = case.convolve(np.abs(finite), np.abs(weight))
-            check(case.problem(expected.shape), [x, weight], expected, magnitude)
+        case.check_special(value)

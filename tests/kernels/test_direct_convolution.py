@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import Convolution, chain, check, check_overwriting, numbers, with_padded
-from support import execute
-from test_convolution import EPILOGUES
+from layers import Convolution, chain, check_overwriting, of_kind
+from test_convolution import EPILOGUES, check_epilogue
 
 from graphopt.kernels.direct_convolution import DirectCandidate
 from graphopt.kernels.operand import Operand
-from graphopt.kernels.registry import candidates
+from graphopt.kernels.registry import Candidate, candidates
 from graphopt.kernels.simd import LANES
 
 
-def direct_candidates(case: Convolution) -> list[DirectCandidate]:
+def direct_candidates(case: Convolution) -> list[Candidate]:
     shape = (case.x[0], case.outputs, *case.x[2:])
-    return [one for one in candidates(case.problem(shape)) if isinstance(one, DirectCandidate)]
+    return of_kind(case.problem(shape), DirectCandidate)
 
 
 @pytest.mark.parametrize("outputs", [1, 3, 8, 13, 24])
@@ -44,17 +43,7 @@ def test_any_size(
 @pytest.mark.parametrize("places", [(0, -1), (0,), (-1,), (0, 3)])
 @pytest.mark.parametrize("size", [(9, 15), (1, 7 * LANES), (14, 14)])
 def test_padded_planes(places: tuple[int, ...], size: tuple[int, int]) -> None:
-    case = Convolution((2, 5, *size), 11, (1, 1))
-    x, weight, residual = numbers(case.x), numbers(case.weight, 1), numbers((2, 11, *size), 2)
-    epilogue = chain(("add", "e0"), ("add", "e1"), extras=2)
-    extras = [Operand.plain("float32", (11,)), Operand.plain("float32", residual.shape)]
-    problem = with_padded(case.problem(residual.shape, epilogue, extras), places)
-    bias = numbers((11,), 3)
-    added = bias.reshape(-1, 1, 1) + residual.astype(np.float64)
-    magnitude = case.convolve(np.abs(x), np.abs(weight)) + np.abs(bias).reshape(-1, 1, 1)
-    assert any(isinstance(one, DirectCandidate) for one in candidates(problem))
-    expected = case.convolve(x, weight) + added
-    check(problem, [x, weight, bias, residual], expected, magnitude + np.abs(residual))
+    Convolution((2, 5, *size), 11, (1, 1)).check_residual(places, DirectCandidate)
 
 
 def test_a_residual_that_is_overwritten() -> None:
@@ -68,33 +57,12 @@ def test_a_residual_that_is_overwritten() -> None:
 
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_epilogues(name: str) -> None:
-    # What the packed kernels make of an epilogue is tested; these make the same.
-    epilogue, shapes = EPILOGUES[name]
-    wide = [(*shape[:2], 9, 15) if shape[2:] == (3, 7) else shape for shape in shapes]
-    case = Convolution((2, 5, 9, 15), 11, (1, 1))
-    x, weight = numbers(case.x), numbers(case.weight, 1)
-    others = [numbers(shape, 2 + index) for index, shape in enumerate(wide)]
-    extras = [Operand.plain("float32", shape) for shape in wide]
-    found = candidates(case.problem((2, 11, 9, 15), epilogue, extras))
-    direct = [one for one in found if isinstance(one, DirectCandidate)]
-    packed = next(one for one in found if not isinstance(one, DirectCandidate))
-    (expected,) = execute(packed, [x, weight, *others])
-    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
-    assert direct
-    check(packed.problem, [x, weight, *others], expected, magnitude, found=direct)
+    check_epilogue(name, Convolution((2, 5, 9, 15), 11, (1, 1)), DirectCandidate)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_special_values_stay_where_they_belong(value: float) -> None:
-    case = Convolution((2, 5, 9, 15), 11, (1, 1))
-    x, weight = numbers(case.x), numbers(case.weight, 1)
-    for place in (0, x.size // 2, x.size - 1):
-        x.flat[place] = value
-        with np.errstate(invalid="ignore"):
-            expected = case.convolve(x, weight)
-            finite = np.nan_to_num(x, posinf=0, neginf=0)
-            magnitude = case.convolve(np.abs(finite), np.abs(weight))
-        check(case.problem(expected.shape), [x, weight], expected, magnitude)
+    Convolution((2, 5, 9, 15), 11, (1, 1)).check_special(value)
 
 
 def test_what_is_left_to_others() -> None:

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import Convolution, chain, check, numbers, with_padded
-from support import execute
-from test_convolution import EPILOGUES
+from layers import Convolution, of_kind
+from test_convolution import EPILOGUES, check_epilogue
 
-from graphopt.kernels.operand import Operand
-from graphopt.kernels.registry import candidates
+from graphopt.kernels.registry import Candidate
 from graphopt.kernels.row_convolution import RowCandidate
 from graphopt.kernels.simd import LANES
 
@@ -27,36 +25,19 @@ CASES = {
     "dilated": Convolution((1, 2, 13, 5 * LANES), 3, (3, 3), (), ((2, 2), (3, 3)), (2, 3)),
     "dilated and strided": Convolution((1, 2, 30, 9 * LANES), 3, (3, 5), (3, 2), WIDE, (2, 3)),
     "uneven padding": Convolution((1, 3, 11, 7 * LANES), 4, (3, 3), (2, 2), ((0, 1), (0, 1))),
-    "more padding than image": Convolution((1, 1, 2, 2 * LANES), 2, (5, 5), (), ((9, 4), (4, 9))),
+    "a wide tile": Convolution((1, 2, 5, 7 * LANES), 4, (3, 3), padding=SAME),
+    "more padding than image": Convolution((1, 1, 2, 3 * LANES), 2, (5, 5), (), ((9, 4), (4, 9))),
     "one output row": Convolution((1, 3, 3, 4 * LANES), 6, (3, 3)),
     "a row of a kernel": Convolution((1, 4, 5, 4 * LANES), 6, (1, 7)),
     "a column of a kernel": Convolution((1, 4, 9, 4 * LANES), 6, (7, 1)),
-    "sequence": Convolution((2, 4, 5 * LANES), 6, (5,), (2,), ((4, 0),)),
+    "sequence": Convolution((2, 4, 7 * LANES), 6, (5,), (2,), ((4, 0),)),
     "one output": Convolution((1, 3, 9, 4 * LANES), 1, (3, 3)),
 }
 
 
-def shape_of(case: Convolution) -> tuple[int, ...]:
-    return case.convolve(np.zeros(case.x), np.zeros(case.weight)).shape
-
-
-def row_candidates(case: Convolution) -> list[RowCandidate]:
-    return [
-        one for one in candidates(case.problem(shape_of(case))) if isinstance(one, RowCandidate)
-    ]
-
-
-def check_rows(case: Convolution) -> None:
-    x, weight = numbers(case.x), numbers(case.weight, 1)
-    expected = case.convolve(x, weight)
-    magnitude = case.convolve(np.abs(x), np.abs(weight))
-    found = row_candidates(case)
-    check(case.problem(expected.shape), [x, weight], expected, magnitude, found=found)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_shapes(name: str) -> None:
-    check_rows(CASES[name])
+    CASES[name].check(kind=RowCandidate)
 
 
 # What the text of a kernel depends on, and so what is compiled: columns, stride, dilation.
@@ -70,62 +51,33 @@ def test_any_shape(across: tuple[int, int, int], data: st.DataObject) -> None:
     kernel, stride, dilation = zip(down, across, strict=True)
     reach = [(size - 1) * step for size, step in zip(kernel, dilation, strict=True)]
     padding = tuple(data.draw(st.tuples(st.integers(0, r), st.integers(0, r))) for r in reach)
-    # At least as wide as the widest tile.
-    least = 7 * LANES * stride[1] + reach[1]
+    # At least as wide as the least wide tile of any CPU's.
+    least = 3 * LANES * stride[1] + reach[1]
     height, width = (data.draw(st.integers(low + 1, low + 20)) for low in (reach[0], least))
     x = (data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), height, width)
-    check_rows(Convolution(x, data.draw(st.integers(1, 17)), kernel, stride, padding, dilation))
+    outputs = data.draw(st.integers(1, 17))
+    Convolution(x, outputs, kernel, stride, padding, dilation).check(kind=RowCandidate)
 
 
 @pytest.mark.parametrize("places", [(0, -1), (0,), (-1,), (0, 3)])
 def test_padded_planes(places: tuple[int, ...]) -> None:
-    case = CASES["first of MobileNet"]
-    shape = shape_of(case)
-    x, weight, residual = numbers(case.x), numbers(case.weight, 1), numbers(shape, 2)
-    epilogue = chain(("add", "e0"), ("add", "e1"), extras=2)
-    extras = [Operand.plain("float32", (shape[1],)), Operand.plain("float32", shape)]
-    problem = with_padded(case.problem(shape, epilogue, extras), places)
-    bias = numbers((shape[1],), 3)
-    added = bias.reshape(-1, 1, 1) + residual.astype(np.float64)
-    magnitude = case.convolve(np.abs(x), np.abs(weight)) + np.abs(bias).reshape(-1, 1, 1)
-    expected = case.convolve(x, weight) + added
-    found = [one for one in candidates(problem) if isinstance(one, RowCandidate)]
-    assert found
-    inputs = [x, weight, bias, residual]
-    check(problem, inputs, expected, magnitude + np.abs(residual), found=found)
+    CASES["first of MobileNet"].check_residual(places, RowCandidate)
 
 
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_epilogues(name: str) -> None:
-    # What other kernels make of an epilogue is tested; these make the same.
-    epilogue, shapes = EPILOGUES[name]
-    size = (3, 3 * LANES + 2)
-    wide = [(*shape[:2], *size) if shape[2:] == (3, 7) else shape for shape in shapes]
-    case = Convolution((2, 5, *size), 11, (3, 3), padding=SAME)
-    x, weight = numbers(case.x), numbers(case.weight, 1)
-    others = [numbers(shape, 2 + index) for index, shape in enumerate(wide)]
-    extras = [Operand.plain("float32", shape) for shape in wide]
-    found = candidates(case.problem((2, 11, *size), epilogue, extras))
-    rows = [one for one in found if isinstance(one, RowCandidate)]
-    packed = next(one for one in found if one.kernel.startswith("convolution 4x3"))
-    (expected,) = execute(packed, [x, weight, *others])
-    magnitude = 20 * (1 + case.convolve(np.abs(x), np.abs(weight)))
-    assert rows
-    check(packed.problem, [x, weight, *others], expected, magnitude, found=rows)
+    case = Convolution((2, 5, 3, 3 * LANES + 2), 11, (3, 3), padding=SAME)
+    check_epilogue(name, case, RowCandidate)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_special_values_stay_where_they_belong(value: float) -> None:
-    case = CASES["first of MobileNet"]
-    x, weight = numbers(case.x), numbers(case.weight, 1)
-    for place in (0, x.size // 2, x.size - 1):
-        x.flat[place] = value
-        with np.errstate(invalid="ignore"):
-            expected = case.convolve(x, weight)
-            finite = np.nan_to_num(x, posinf=0, neginf=0)
-            magnitude = case.convolve(np.abs(finite), np.abs(weight))
-        problem = case.problem(expected.shape)
-        check(problem, [x, weight], expected, magnitude, found=row_candidates(case))
+    CASES["first of MobileNet"].check_special(value)
+
+
+def row_candidates(case: Convolution) -> list[Candidate]:
+    shape = case.convolve(np.zeros(case.x), np.zeros(case.weight)).shape
+    return of_kind(case.problem(shape), RowCandidate)
 
 
 def test_what_is_left_to_others() -> None:
