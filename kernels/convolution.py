@@ -53,8 +53,9 @@ from graphopt.kernels.tile import (
 
 _PANEL_BYTES = SECOND_CACHE // 4
 """Bytes of panels that are kept while the output channels pass by."""
-_PACK_CYCLES = 1.5
-"""Cycles to copy one piece of a vector of a panel."""
+_PACK_CYCLES = 2.5
+_PACK_STRIDED_CYCLES = 4.5
+"""Cycles to copy one piece of a vector of a panel, of columns side by side and apart."""
 _WEIGHT_BYTES_PER_CYCLE = 32
 """Of weights, which come from far for each block of pixels, mostly while others are multiplied."""
 
@@ -401,8 +402,12 @@ def epilogue_starts(epilogue: Epilogue) -> list[str]:
 
 
 def pack_cycles(image: Image) -> float:
-    """Cycles to copy one vector of a panel: rows of the image that end in it are pieces."""
-    return _PACK_CYCLES * (1 + min(LANES, image.pixels) / image.out_size[1])
+    """Cycles to copy one vector of a panel: rows of the image that end in it are pieces, if they
+    are not as long as those of the output."""
+    if image.stride == (1, 1) and image.size[1] == image.out_size[1]:
+        return _PACK_CYCLES
+    piece = _PACK_CYCLES if image.stride[1] == 1 else _PACK_STRIDED_CYCLES
+    return piece * (1 + min(LANES, image.pixels) / image.out_size[1])
 
 
 def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:

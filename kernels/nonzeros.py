@@ -5,10 +5,11 @@ of its rows the offsets of its non-zero columns in the panel, and their values (
 M. Dukhan, T. Gale and K. Simonyan, "Fast sparse convnets", 2020). Each non-zero costs one
 multiplication per vector, and a load, since other rows have other columns: so most of the panel
 should stay in the first cache. Where it is too deep, it is cut into blocks of depth, between which
-the sums wait in scratch memory. In each block, rows are sorted by their number of non-zeros, so
-that loops of equal length follow one another and end as the CPU predicts. What `stream` does is
-the innermost part. Where the columns already lie in memory as they would in a panel, as the pixels
-under a 1 x 1 kernel do, and begin on cache lines, they are not copied.
+the sums wait in scratch memory. Non-zeros are multiplied in fours, of which none is left over
+(`_in_fours`), and in each block rows are sorted by how many they have: loops of equal length follow
+one another and end as the CPU predicts. What `stream` does is the innermost part. Where the columns
+already lie in memory as they would in a panel, as the pixels under a 1 x 1 kernel do, and begin on
+cache lines, they are not copied.
 
 Where neighbouring rows share their columns (blocks of rows were pruned), they are computed together
 and share the loads as well.
@@ -35,10 +36,9 @@ from graphopt.kernels.stream import (
     MOST_STEPS,
     VECTOR_BYTES,
     four_bytes,
-    single_bytes,
 )
 from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
-from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern, group_rows
+from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern
 
 VOCABULARY = (*tile.VOCABULARY, "shares", "stream")
 """Modules whose names the kernels use that multiply streams."""
@@ -51,6 +51,8 @@ WIDTHS = (
     {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6, 7), 2: (4, 6), 4: (2,)}
 )
 """Vectors of a panel, by rows that share their columns."""
+_STAYING_WIDTHS = WIDTHS[1] if LANES == 16 else (*WIDTHS[1], 8)
+"""The same of panels of one row at a time that may stay where they are: of whole cache lines."""
 _TAIL_WIDTHS = (3, 4) if LANES == 16 else (4, 6)
 """The same of panels of which the last has a tail."""
 _TAILS = tuple(lanes for lanes in (4, 8) if lanes < LANES)
@@ -63,6 +65,8 @@ _TASKS = 64
 """As many are enough for threads to share: in longer parts more rows are of one length."""
 _SETS = 64
 """Sets of the first cache, as most CPUs have it."""
+_SHARES = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.5, 0], [0.25] * 4], np.float32)
+"""What of a weight each column has that holds a share of it, by their number."""
 _WORTH_SHARING_COLUMNS = 1.2
 """How many more products with rows taken together are made up for by fewer loads."""
 
@@ -93,6 +97,11 @@ class Schedule:
     def row_bytes(self) -> int:
         """Bytes of a row of the panel."""
         return self.width * VECTOR_BYTES
+
+    @property
+    def lines(self) -> int:
+        """Lines of the cache that a row of the panel takes."""
+        return math.ceil(self.row_bytes / LINE)
 
     @property
     def tail_step(self) -> int:
@@ -187,7 +196,8 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
     if not widths:
         tail, vectors = 0, math.ceil(columns / LANES)
         widths = _fitting(WIDTHS[rows], vectors)
-    staying = [width for width in widths if _stays(width, tail, vectors, pitch)]
+    may_stay = _STAYING_WIDTHS if rows == 1 and not tail else widths
+    staying = [width for width in may_stay if _stays(width, tail, vectors, pitch)]
     return (staying, tail, pitch) if staying else (widths, tail, 0)
 
 
@@ -223,7 +233,7 @@ def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: 
     column = max(width * schedule.rows + 0.7, width * load + 0.5 + 0.7 * schedule.rows)
     blocks = math.ceil(depth / schedule.depth)
     waiting = (blocks - 1) * (8 + 3.5 * schedule.rows * width)
-    columns = zeros.density(schedule.rows) * depth
+    columns = zeros.density(schedule.rows) * depth + blocks * (FOUR - 1) / 2
     return schedule.row_groups(outputs) * (columns * column + 12 + waiting)
 
 
@@ -270,48 +280,64 @@ def _streams(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The streams of one block, and the word where that of each part starts.
 
-    A stream has runs of row groups with equally many columns: that number, how many groups, and
-    for each group its number and its columns, as their step in the panel and the value of each row,
-    four columns together as long as there are four. A run of no groups ends it.
+    A stream has runs of row groups with equally many fours of columns: that number, how many
+    groups, and for each group its number and its columns, four by four: their steps in the panel,
+    then the values of each row. A run of no groups ends it.
     """
     count = schedule.row_groups(len(matrix))
-    four_words, words_alone = four_bytes(schedule.rows) // 4, single_bytes(schedule.rows) // 4
-    rows = np.zeros((count * schedule.rows, matrix.shape[1]), np.float32)
-    rows[: len(matrix)] = matrix
-    nonzero = group_rows(rows != 0, schedule.rows)
-    lengths = nonzero.sum(axis=1)
+    rows = np.zeros((count, schedule.rows, matrix.shape[1]), np.float32)
+    rows.reshape(-1, matrix.shape[1])[: len(matrix)] = matrix
+    groups, columns, values = _in_fours(rows)
+    fours = np.bincount(groups, minlength=count) // FOUR
     part = np.repeat(np.arange(parts), np.diff(np.arange(parts + 1) * count // parts))
-    order = np.lexsort((-lengths, part))
-    lengths = lengths[order]
+    order = np.lexsort((-fours, part))
+    fours = fours[order]
     begins_part = np.diff(part, prepend=-1) != 0
-    begins_run = begins_part | (np.diff(lengths, prepend=-1) != 0)
-    fours = lengths // FOUR
+    begins_run = begins_part | (np.diff(fours, prepend=-1) != 0)
     # A run has two words more, and so has the end of every part.
-    sizes = 1 + fours * four_words + (lengths - FOUR * fours) * words_alone
-    more = 2 * begins_run + 2 * begins_part
-    places = np.cumsum(sizes + more) - sizes - 2
+    sizes = 1 + fours * (four_bytes(schedule.rows) // 4)
+    places = np.cumsum(sizes + 2 * begins_run + 2 * begins_part) - sizes - 2
     words = np.zeros(places[-1] + sizes[-1] + 2, np.int32)
     words[places] = order
     runs = np.flatnonzero(begins_run)
-    words[places[runs] - 2] = lengths[runs]
+    words[places[runs] - 2] = fours[runs]
     words[places[runs] - 1] = np.diff(runs, append=count)
-    groups, columns = np.nonzero(nonzero[order])
-    number = np.arange(len(groups)) - (np.cumsum(lengths) - lengths)[groups]
-    values = rows.reshape(count, schedule.rows, -1)[order[groups], :, columns].view(np.int32)
-    # Fours hold their steps first, then the values of one row after those of another.
-    together = number < FOUR * fours[groups]
-    four, lane = np.divmod(number[together], FOUR)
-    entries = places[groups[together]] + 1 + four * four_words
-    words.view(np.uint16)[2 * entries + lane] = steps[columns[together]]
-    for row in range(schedule.rows):
-        words[entries + FOUR // 2 + FOUR * row + lane] = values[together, row]
-    alone = groups[~together]
-    entries = places[alone] + 1 + fours[alone] * four_words
-    entries += (number[~together] - FOUR * fours[alone]) * words_alone
-    words[entries] = steps[columns[~together]]
-    for row in range(schedule.rows):
-        words[entries + 1 + row] = values[~together, row]
+    _write_fours(words, places[np.argsort(order)] + 1, groups, steps[columns], values)
     return words, places[begins_part] - 2
+
+
+def _in_fours(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The groups, columns and values (columns, rows) of what is not zero in ``rows``
+    (groups, rows, columns): as many of each group as make whole fours.
+
+    A column that is lacking is a share of the largest weight, whose products together are what they
+    were; a zero would make NaN of an infinity.
+    """
+    groups, columns = np.nonzero((rows != 0).any(axis=1))
+    lacking = -np.bincount(groups, minlength=len(rows)) % FOUR
+    largest = np.abs(rows).max(axis=1).argmax(axis=1)
+    shares = np.where(columns == largest[groups], 1 + lacking[groups], 1)
+    number = np.arange(shares.sum()) - (shares.cumsum() - shares).repeat(shares)
+    factors = _SHARES[shares.repeat(shares) - 1, number]
+    groups, columns = groups.repeat(shares), columns.repeat(shares)
+    return groups, columns, rows[groups, :, columns] * factors[:, np.newaxis]
+
+
+def _write_fours(
+    words: np.ndarray,
+    places: np.ndarray,
+    groups: np.ndarray,
+    steps: np.ndarray,
+    values: np.ndarray,
+) -> None:
+    """Write columns to a stream in which those of each group begin at the word ``places``."""
+    rows = values.shape[1]
+    lengths = np.bincount(groups, minlength=len(places))
+    four, lane = np.divmod(np.arange(len(groups)) - (np.cumsum(lengths) - lengths)[groups], FOUR)
+    entries = places[groups] + four * (four_bytes(rows) // 4)
+    words.view(np.uint16)[2 * entries + lane] = steps
+    for row in range(rows):
+        words[entries + FOUR // 2 + FOUR * row + lane] = values[:, row].view(np.int32)
 
 
 # -- the kernel ----------------------------------------------------------------------------------
@@ -356,7 +382,6 @@ def product_lines(
     sizes = {
         "SUMS": schedule.rows * schedule.sums_step,
         "FOURS": four_bytes(schedule.rows),
-        "SINGLES": single_bytes(schedule.rows),
     }
     return fill(_BODY, parts, sizes)
 
@@ -364,14 +389,14 @@ def product_lines(
 def _tile_lines(schedule: Schedule, finish: Sequence[str], tail: bool) -> list[str]:
     """Lines that multiply a row group, and what follows."""
     rows = "panel, step, tail, tail_step" if tail else "panel, step, panel, 0"
-    operands = f"p, count, {rows}, sums, first_block, {_shape(schedule, tail)}"
+    operands = f"p, fours, {rows}, sums, first_block, {_shape(schedule, tail)}"
     return [f"{tile_name(tail)} = multiply_stream({operands})", *finish]
 
 
 _BODY = """
 members = read(p + 4, INT32)
 while members > 0:
-    count = read(p, INT32)
+    fours = read(p, INT32)
     p += 8
     while members > 0:
         number = read(p, INT32)
@@ -379,7 +404,7 @@ while members > 0:
         sums = all_sums + number * SUMS
         <before>
         <tile>
-        p += (count >> 2) * FOURS + (count & 3) * SINGLES
+        p += fours * FOURS
         members -= 1
     members = read(p + 4, INT32)
 """

@@ -16,6 +16,7 @@ from graphopt.kernels.register import FLOAT32, INT32, LANES
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
 call_kernel: Any = calls.call_kernel
 gather: Any = memory.gather
+load: Any = memory.load
 load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
 load_over: Any = memory.load_over
@@ -60,6 +61,10 @@ def pack_taps(
     zero, columns from ``pixels`` on anything. ``top`` and ``left`` are the padding. Channels of
     ``image`` are ``plane`` bytes apart and dense inside.
     """
+    whole = top == 0 and left == 0 and out_width == width and pixels == height * width
+    if whole and kernel_height * kernel_width * stride_height * stride_width == 1:
+        pack_rows(panel, pitch, image + 4 * first, plane, channels, pixels - first, vectors)
+        return
     if stride_height == 1 and stride_width == 1 and out_width == width:
         pack_shifted(
             panel,
@@ -122,6 +127,23 @@ def pack_taps(
             lane += out_width - column
             column = 0
             row += 1
+
+
+@inlined
+def pack_rows(
+    panel: int, pitch: int, source: int, plane: int, channels: int, pixels: int, vectors: int
+) -> None:
+    """`pack_taps` where what lies under the kernel is the image itself, channel by channel."""
+    whole = min(pixels // LANES, vectors)
+    for _ in range(channels):
+        for vector in range(whole):
+            store(panel + 4 * LANES * vector, load(source + 4 * LANES * vector, FLOAT32))
+        for vector in range(whole, vectors):
+            rest = mask_first(pixels - vector * LANES, FLOAT32)
+            value = load_masked(source + 4 * LANES * vector, FLOAT32, rest)
+            store(panel + 4 * LANES * vector, value)
+        source += plane
+        panel += pitch
 
 
 @inlined
@@ -283,6 +305,26 @@ def pack_strips(
     Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``.
     """
     phases = (stride_height + phase_step - 1) // phase_step
+    near = stride_width == 1 or (stride_width == 2 and dilation_width == 1)
+    if lanes == LANES and kernel_width == 3 and near and phases <= 2:
+        pack_three_columns(
+            panel,
+            pitch,
+            image,
+            plane,
+            channels,
+            height,
+            width,
+            row * stride_height - top,
+            column * stride_width - left,
+            lines,
+            phases,
+            phase_step,
+            stride_height,
+            stride_width,
+            dilation_width,
+        )
+        return
     for phase in range(phases):
         for line in range(lines):
             source_row = (row + line) * stride_height + phase * phase_step - top
@@ -328,6 +370,82 @@ def pack_strips(
                     )
                     lane += lanes
                     piece_row += piece * stride_height
+
+
+@inlined
+def pack_three_columns(
+    panel: int,
+    pitch: int,
+    image: int,
+    plane: int,
+    channels: int,
+    height: int,
+    width: int,
+    row: int,
+    column: int,
+    lines: int,
+    phases: int,
+    phase_step: int,
+    stride_height: int,
+    stride_width: int,
+    dilation: int,
+) -> None:
+    """`pack_strips` of kernels with three columns, at most two phases, and tiles of whole vectors.
+
+    Channels are copied one after the other, as they lie in memory. ``row`` and ``column`` are the
+    image's first; columns are one or two apart, the latter without ``dilation``.
+    """
+    first, last = lines_inside(row, stride_height, height, lines)
+    second_first, second_last = lines_inside(row + phase_step, stride_height, height, lines)
+    middle = LANES if stride_width == 2 else dilation
+    apart = 4 * LANES * lines * phases
+    along = 4 * width * stride_height
+    low = mask_between(column, 1, width, FLOAT32)
+    high = mask_between(column + middle, 1, width, FLOAT32)
+    behind = mask_between(column + 2 * middle, 1, width, FLOAT32)
+    source = image + 4 * (row * width + column)
+    for _ in range(channels):
+        place = panel
+        for phase in range(phases):
+            begin, end = (second_first, second_last) if phase else (first, last)
+            origin = source + phase * phase_step * 4 * width + begin * along
+            place = clear_three(place, apart, begin)
+            if stride_width == 2:
+                for _ in range(begin, end):
+                    one, two, three = load_three(origin, FLOAT32, low, high, behind)
+                    store(place, one)
+                    store(place + apart, two)
+                    store(place + 2 * apart, three)
+                    origin += along
+                    place += 4 * LANES
+            else:
+                for _ in range(begin, end):
+                    store(place, load_masked(origin, FLOAT32, low))
+                    store(place + apart, load_masked(origin + 4 * dilation, FLOAT32, high))
+                    store(place + 2 * apart, load_masked(origin + 8 * dilation, FLOAT32, behind))
+                    origin += along
+                    place += 4 * LANES
+            place = clear_three(place, apart, lines - end)
+        source += plane
+        panel += pitch
+
+
+@inlined
+def lines_inside(row: int, stride: int, height: int, lines: int) -> tuple[int, int]:
+    """Which of ``lines`` rows, from ``row`` on and ``stride`` apart, are inside: from, to."""
+    first = min((max(-row, 0) + stride - 1) // stride, lines)
+    return first, max(min((height - row + stride - 1) // stride, lines), first)
+
+
+@inlined
+def clear_three(place: int, apart: int, lines: int) -> int:
+    """Zeros in so many vectors of three columns; the address behind the first column's."""
+    for _ in range(lines):
+        store(place, broadcast(0.0, FLOAT32))
+        store(place + apart, broadcast(0.0, FLOAT32))
+        store(place + 2 * apart, broadcast(0.0, FLOAT32))
+        place += 4 * LANES
+    return place
 
 
 @inlined

@@ -23,6 +23,7 @@ from graphopt.kernels.convolution import (
 )
 from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import Arguments, indent, kernel_text
+from graphopt.kernels.memory import LINE
 from graphopt.kernels.nonzeros import (
     VOCABULARY,
     Schedule,
@@ -187,7 +188,7 @@ class SparseConvolutionCandidate(Candidate):
             "product": product_lines(
                 schedule,
                 _finish_lines(schedule, epilogue, tail=False),
-                fetch_lines(schedule.rows, epilogue, schedule.width + 1, "LANES"),
+                fetch_lines(schedule.rows, epilogue, schedule.lines + 1, f"{LINE // 4}"),
                 _finish_lines(schedule, epilogue, tail=True) if schedule.tail else (),
             ),
         }

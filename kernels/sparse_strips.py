@@ -45,11 +45,12 @@ from graphopt.kernels.zeros import ZeroPattern
 
 _PIECES = tuple(LANES // count for count in (1, 2, 4) if LANES // count > 1)
 """Lengths of the pieces of rows that a vector may hold."""
-_PACK_CYCLES = 1.5
-"""Cycles to copy a vector of one channel, besides `_PIECE_CYCLES` for each of its pieces and
-`_PACK_START` for each of all channels."""
+_PACK_CYCLES = 3
+"""Cycles to copy a vector of one channel, where columns are copied together."""
 _PIECE_CYCLES = 2.5
 _PACK_START = 20
+"""Cycles for each piece of a vector, of one channel and of all, where each column is by itself; the
+former for columns side by side."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,11 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
         tasks = task_cycles(image, schedule, zeros)
 
         def copy(pieces: int) -> float:
+            if pieces == 1 and image.kernel[1] == 3:
+                return vectors * image.channels * _PACK_CYCLES
+            piece = _PIECE_CYCLES * image.stride[1]
             start = pieces * blocks * _PACK_START
-            return vectors * (start + image.channels * (_PACK_CYCLES + pieces * _PIECE_CYCLES))
+            return vectors * (start + image.channels * (1.5 + pieces * piece))
 
         cut = tiles(image.out_size, schedule.width)
         return tuple((copy(LANES // tile.lanes), tasks) for tile in cut)

@@ -39,16 +39,11 @@ def four_bytes(rows: int) -> int:
     return FOUR * (2 + 4 * rows)
 
 
-def single_bytes(rows: int) -> int:
-    """Bytes of a column alone."""
-    return 4 + 4 * rows
-
-
 @intrinsic(prefer_literal=True)
 def multiply_stream(
     typing: Any,
     p: Any,
-    count: Any,
+    fours: Any,
     panel: Any,
     step: Any,
     tail: Any,
@@ -62,27 +57,27 @@ def multiply_stream(
 ) -> Any:
     """The products of ``rows`` rows of a weight with a panel, a tuple of vectors by row.
 
-    ``p`` is the address of ``count`` columns in a stream, ``panel`` that of the panel, ``width``
-    vectors wide, whose rows are ``step`` bytes apart. Where ``tail_lanes`` is not 0, the panel has
-    one narrower vector more, in rows ``tail_step`` bytes apart from ``tail`` on; then the tuple has
-    one vector more per row, whose lanes beyond hold anything. Unless ``first_block``, products are
-    added to the sums at ``sums``, whose rows are ``sums_step`` bytes apart. The last four are
-    literal.
+    ``p`` is the address of so many ``fours`` of columns in a stream, ``panel`` that of the panel,
+    ``width`` vectors wide, whose rows are ``step`` bytes apart. Where ``tail_lanes`` is not 0, the
+    panel has one narrower vector more, in rows ``tail_step`` bytes apart from ``tail`` on; then the
+    tuple has one vector more per row, whose lanes beyond hold anything. Unless ``first_block``,
+    products are added to the sums at ``sums``, whose rows are ``sums_step`` bytes apart. The last
+    four are literal.
     """
     shape = [one.literal_value for one in (rows, width, tail_lanes, sums_step)]
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        begin, count, panel, step, tail, tail_step, sums = (
+        begin, fours, panel, step, tail, tail_step, sums = (
             context.cast(builder, value, kind, types.int64)
             for value, kind in zip(values[:7], sig.args, strict=False)
         )
         tile = _Tile(builder, *shape)
         tile.start(sums, context.cast(builder, values[7], sig.args[7], types.boolean))
-        tile.multiply(begin, count, _Rows(panel, step), _Rows(tail, tail_step))
+        tile.multiply(begin, fours, _Rows(panel, step), _Rows(tail, tail_step))
         return context.make_tuple(builder, sig.return_type, tile.results())
 
     result = types.UniTuple(FLOAT32, shape[0] * (shape[1] + (shape[2] > 0)))
-    own = (p, count, panel, step, tail, tail_step, sums, first_block)
+    own = (p, fours, panel, step, tail, tail_step, sums, first_block)
     return result(*own, rows, width, tail_lanes, sums_step), generate
 
 
@@ -145,25 +140,14 @@ class _Tile:
                 known = self.memories[vector].load(self._sum_at(sums, row, vector))
                 builder.store(known.value, self.sums[0][row][vector])
 
-    def multiply(self, begin: ir.Value, count: ir.Value, panel: _Rows, tail: _Rows) -> None:
-        """Add the products of ``count`` columns, of which the first come in fours."""
+    def multiply(self, begin: ir.Value, fours: ir.Value, panel: _Rows, tail: _Rows) -> None:
+        """Add the products of so many times four columns."""
         builder = self.builder
-
-        def multiply_column(number: ir.Value, weights: list[Register], chain: int) -> None:
-            start = self._plus(panel.address, builder.mul(number, panel.step))
-            addresses = [self._plus(start, vector * VECTOR_BYTES) for vector in range(self.width)]
-            addresses.append(self._plus(tail.address, builder.mul(number, tail.step)))
-            self._add_products(addresses, weights, chain)
-
-        def times(count: ir.Value, size: int) -> ir.Value:
-            return builder.mul(count, int64_constant(size))
-
-        four, single = four_bytes(self.rows), single_bytes(self.rows)
-        singles = self._plus(begin, times(builder.ashr(count, int64_constant(2)), four))
-        end = self._plus(singles, times(builder.and_(count, int64_constant(FOUR - 1)), single))
+        size = four_bytes(self.rows)
+        end = self._plus(begin, builder.mul(fours, int64_constant(size)))
         with self._walk(self._plus(begin, _AHEAD), self._plus(end, _AHEAD), LINE) as line:
             fetch_ahead(builder, line)
-        with self._walk(begin, singles, four) as p:
+        with self._walk(begin, end, size) as p:
             # One load for all, which take turns with those of the panel.
             numbers = self._load(p, _INT64)
             weights = [
@@ -173,12 +157,11 @@ class _Tile:
             for lane in range(FOUR):
                 own = builder.lshr(numbers, int64_constant(16 * lane))
                 number = builder.and_(own, int64_constant(MOST_STEPS - 1))
+                start = self._plus(panel.address, builder.mul(number, panel.step))
+                addresses = [self._plus(start, one * VECTOR_BYTES) for one in range(self.width)]
+                addresses.append(self._plus(tail.address, builder.mul(number, tail.step)))
                 alone = [_repeat_lane(weight, lane) for weight in weights]
-                multiply_column(number, alone, lane % self.chains)
-        with self._walk(singles, end, single) as p:
-            number = builder.zext(self._load(p, ir.IntType(32)), _INT64)
-            weights = [self.whole.broadcast(self._plus(p, 4 + 4 * row)) for row in range(self.rows)]
-            multiply_column(number, weights, 0)
+                self._add_products(addresses, alone, lane % self.chains)
 
     def results(self) -> list[ir.Value]:
         """The sums, all of whole vectors."""

@@ -27,6 +27,7 @@ CASES = {
     "point, a pixel more": Convolution((1, 3, 1, WIDTH * LANES + 1), HEIGHT + 1, (1, 1)),
     "point, a pixel less": Convolution((1, 3, 1, WIDTH * LANES - 1), HEIGHT - 1, (1, 1)),
     "point, padded": Convolution((1, 3, 5, 6), 4, (1, 1), padding=((0, 2), (1, 0))),
+    "point, padded below": Convolution((1, 3, 5, 6), 4, (1, 1), padding=((0, 2), (0, 0))),
     "point, strided": Convolution((1, 3, 9, 2 * LANES + 5), 4, (1, 1), stride=(2, 2)),
     "3 x 3": Convolution((2, 3, 9, 10), 8, (3, 3), padding=SAME),
     "3 x 3, rows of vectors": Convolution((1, 3, 4, 3 * LANES), 8, (3, 3), padding=SAME),

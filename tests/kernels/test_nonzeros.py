@@ -35,26 +35,24 @@ def test_steps_have_16_bits() -> None:
 
 
 def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndarray) -> list[int]:
-    """Write what a stream holds into ``matrix``; the row groups that it has, in order."""
+    """Add what a stream holds to ``matrix``; the row groups that it has, in order."""
     place, seen, longest = start // 4, [], 2**30
     while words[place + 1]:
-        length, members = words[place : place + 2]
-        assert length < longest, "runs are sorted, and each length has one"
-        longest, place = length, place + 2
+        fours, members = words[place : place + 2]
+        assert fours < longest, "runs are sorted, and each length has one"
+        longest, place = fours, place + 2
         for _ in range(members):
             seen.append(int(words[place]))
-            place, done = place + 1, 0
+            place += 1
             first = seen[-1] * schedule.rows
             rows = matrix[first : first + schedule.rows]
-            while length > done:
-                together = 4 if length - done >= 4 else 1
+            for _ in range(fours):
                 # The numbers of four columns are in two words.
-                weights = place + (1 if together == 1 else 2)
-                columns = words[place:weights].view(np.int32 if together == 1 else np.uint16)
-                place = weights + together * schedule.rows
-                values = words[weights:place].view(np.float32).reshape(-1, together)
-                rows[:, columns] = values[: len(rows)]
-                done += together
+                weights = place + 2
+                columns = words[place:weights].view(np.uint16)
+                place = weights + 4 * schedule.rows
+                values = words[weights:place].view(np.float32).reshape(-1, 4)
+                np.add.at(rows, (slice(None), columns), values[: len(rows)])
     return seen
 
 

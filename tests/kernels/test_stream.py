@@ -25,8 +25,8 @@ def kernel(arguments, thread, begin, end):
     target = arguments[5]
     step = arguments[6]
     p = words + 12
-    count = read(words, INT32)
-    tile = multiply_stream(p, count, panel, step, tail, TAIL, sums, first_block, SHAPE)
+    fours = read(words, INT32)
+    tile = multiply_stream(p, fours, panel, step, tail, TAIL, sums, first_block, SHAPE)
     store_sums(target, tile, SHAPE)
 """
 
@@ -63,3 +63,20 @@ def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -
         call(entry, [*buffers, int(first_block), target.address, schedule.row_bytes])
         expected = weight @ values + (0 if first_block else known)
         np.testing.assert_array_equal(result[places], expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7])
+def test_an_infinity_times_a_weight_in_several_columns(count: int) -> None:
+    weight = np.zeros((1, DEPTH), np.float32)
+    weight[0, :count] = [-1, 9, 3, 5, 2, 7, 8][:count]
+    schedule = Schedule(1, 1, DEPTH)
+    text = TEXT.replace("TAIL", "0").replace("SHAPE", f"1, 1, 0, {schedule.sums_step}")
+    entry = source.build("stream_test", text)
+    _, stream = pack_streams([weight], schedule, 1)
+    for column in range(count):
+        values = np.ones((DEPTH, LANES), np.float32)
+        values[column], values[count:] = np.inf, np.nan
+        words, panel, target = (guarded(one) for one in (stream, values, np.zeros(LANES, "f4")))
+        addresses = [words[0].address, panel[0].address, panel[0].address, panel[0].address]
+        call(entry, [*addresses, 1, target[0].address, schedule.row_bytes])
+        np.testing.assert_array_equal(target[1], weight[0, column] * np.inf)
