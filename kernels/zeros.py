@@ -62,8 +62,7 @@ def word_pattern(array: np.ndarray) -> ZeroPattern | None:
         return None
     channels = array.shape[1]
     nonzero = array.reshape(len(array), channels, -1) != 0
-    words = np.logical_or.reduceat(nonzero, np.arange(0, channels, GROUP), axis=1)
-    return zero_pattern(words)
+    return zero_pattern(group_rows(nonzero.swapaxes(0, 1), GROUP).swapaxes(0, 1))
 
 
 def group_rows(nonzero: np.ndarray, rows: int) -> np.ndarray:
@@ -71,6 +70,8 @@ def group_rows(nonzero: np.ndarray, rows: int) -> np.ndarray:
 
     The last group may have fewer rows.
     """
-    firsts = np.arange(0, len(nonzero), rows)
-    grouped: np.ndarray = np.logical_or.reduceat(nonzero, firsts, axis=0)
+    grouped: np.ndarray = nonzero[::rows].copy()
+    for offset in range(1, rows):
+        others = nonzero[offset::rows]
+        grouped[: len(others)] |= others
     return grouped
