@@ -20,7 +20,7 @@ class Network(nn.Module):
         self.block = nn.Sequential(
             nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)
         )
-        self.tokens = nn.Linear(14, 128)
+        self.tokens = nn.Linear(28, 128)
         self.head = nn.Linear(128, 50)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def prune(network: Network, sparsity: float) -> None:
 
 
 def test_zeros_choose_the_kernels(network: Network) -> None:
-    x = torch.randn(1, 3, 14, 14)
+    x = torch.randn(1, 3, 28, 14)
     dense = graphopt.optimize(network, x)
     assert not any("sparse" in str(layer.kernel) for layer in dense.report().layers)
     prune(network, 0.9)
@@ -61,7 +61,7 @@ def test_zeros_choose_the_kernels(network: Network) -> None:
     exact = copy.deepcopy(network).double()
     with torch.no_grad():
         for batch in (1, 3):
-            x = torch.randn(batch, 3, 14, 14)
+            x = torch.randn(batch, 3, 28, 14)
             expected, own = exact(x.double()), network(x)
             error = (optimized(x).double() - expected).abs().max()
             assert error <= 4 * (own.double() - expected).abs().max() + 1e-7
@@ -69,7 +69,7 @@ def test_zeros_choose_the_kernels(network: Network) -> None:
 
 def test_streams_are_packed_once_for_all_batches(network: Network) -> None:
     prune(network, 0.9)
-    graph = graphopt.trace(network, torch.randn(2, 3, 14, 14))
+    graph = graphopt.trace(network, torch.randn(2, 3, 28, 14))
     graphopt.Pipeline(EXACT).run(graph)
     first = compile_graph(graph, threads=2)
     other = compile_graph(graph, {"batch": 5}, threads=2, like=first)
@@ -81,7 +81,7 @@ def test_streams_are_packed_once_for_all_batches(network: Network) -> None:
 
 def test_results_depend_neither_on_the_threads_nor_on_the_call(network: Network) -> None:
     prune(network, 0.8)
-    x = torch.randn(2, 3, 14, 14)
+    x = torch.randn(2, 3, 28, 14)
     expected = graphopt.optimize(network, x, threads=1)(x)
     for threads in (1, 2, 3):
         optimized = graphopt.optimize(network, x, threads=threads)
