@@ -45,12 +45,13 @@ from graphopt.kernels.zeros import ZeroPattern
 
 _PIECES = tuple(LANES // count for count in (1, 2, 4) if LANES // count > 1)
 """Lengths of the pieces of rows that a vector may hold."""
-_PACK_CYCLES = 3
-"""Cycles to copy a vector of one channel, where columns are copied together."""
+_TOGETHER_CYCLES = 3
+"""Cycles to copy a vector of one channel, whole and together with those of two other columns."""
+_PACK_CYCLES = 1.5
+"""The same where each column is by itself, besides `_PIECE_CYCLES` for each of the vector's pieces,
+where columns are side by side, and `_PACK_START` for each of all channels."""
 _PIECE_CYCLES = 2.5
 _PACK_START = 20
-"""Cycles for each piece of a vector, of one channel and of all, where each column is by itself; the
-former for columns side by side."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,9 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
 
         def copy(pieces: int) -> float:
             if pieces == 1 and image.kernel[1] == 3:
-                return vectors * image.channels * _PACK_CYCLES
-            piece = _PIECE_CYCLES * image.stride[1]
-            start = pieces * blocks * _PACK_START
-            return vectors * (start + image.channels * (1.5 + pieces * piece))
+                return vectors * image.channels * _TOGETHER_CYCLES
+            channel = _PACK_CYCLES + pieces * _PIECE_CYCLES * image.stride[1]
+            return vectors * (pieces * blocks * _PACK_START + image.channels * channel)
 
         cut = tiles(image.out_size, schedule.width)
         return tuple((copy(LANES // tile.lanes), tasks) for tile in cut)
