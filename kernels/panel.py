@@ -19,7 +19,6 @@ gather: Any = memory.gather
 load: Any = memory.load
 load_even: Any = memory.load_even
 load_masked: Any = memory.load_masked
-load_over: Any = memory.load_over
 load_three: Any = memory.load_three
 lane_index: Any = simd.lane_index
 mask_between: Any = simd.mask_between
@@ -274,229 +273,6 @@ def put(target: int, value: Any, lane: int, written: Any) -> None:
 
 
 @inlined
-def pack_strips(
-    panel: int,
-    pitch: int,
-    image: int,
-    plane: int,
-    channels: int,
-    height: int,
-    width: int,
-    row: int,
-    column: int,
-    lanes: int,
-    piece: int,
-    lines: int,
-    phase_step: int,
-    kernel_width: int,
-    stride_height: int,
-    stride_width: int,
-    dilation_width: int,
-    top: int,
-    left: int,
-) -> None:
-    """What a convolution multiplies for a tile of output pixels, each vector one below the other.
-
-    A vector holds ``LANES // lanes`` pieces of rows, ``piece`` rows apart; ``row`` and ``column``
-    are the tile's first. For every column of the kernel the panel has, of each channel, ``lines``
-    vectors for the rows of the image 0, ``stride_height``, 2 ``stride_height``, ... first, then
-    those from ``phase_step`` on, and so forth; what lies under another row of the kernel begins
-    some vectors further. Pixels outside the image are zero, lanes beyond the output anything.
-    Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``.
-    """
-    phases = (stride_height + phase_step - 1) // phase_step
-    near = stride_width == 1 or (stride_width == 2 and dilation_width == 1)
-    if lanes == LANES and kernel_width == 3 and near and phases <= 2:
-        pack_three_columns(
-            panel,
-            pitch,
-            image,
-            plane,
-            channels,
-            height,
-            width,
-            row * stride_height - top,
-            column * stride_width - left,
-            lines,
-            phases,
-            phase_step,
-            stride_height,
-            stride_width,
-            dilation_width,
-        )
-        return
-    for phase in range(phases):
-        for line in range(lines):
-            source_row = (row + line) * stride_height + phase * phase_step - top
-            # Column by column, what was read for one is in the nearest cache for the next.
-            for x in range(kernel_width):
-                source_column = column * stride_width + x * dilation_width - left
-                target = panel + 4 * LANES * ((x * phases + phase) * lines + line)
-                if lanes < LANES and stride_width == 1:
-                    pack_pieces(
-                        target,
-                        pitch,
-                        image,
-                        plane,
-                        channels,
-                        height,
-                        width,
-                        source_row,
-                        source_column,
-                        lanes,
-                        piece * stride_height,
-                    )
-                    continue
-                lane = 0
-                piece_row = source_row
-                while lane < LANES:
-                    start = source_column - lane * stride_width
-                    pack_pixels(
-                        target,
-                        pitch,
-                        image + 4 * (piece_row * width + start),
-                        plane,
-                        channels,
-                        piece_row,
-                        height,
-                        1,
-                        0,
-                        0,
-                        start,
-                        stride_width,
-                        width,
-                        lane,
-                        1,
-                    )
-                    lane += lanes
-                    piece_row += piece * stride_height
-
-
-@inlined
-def pack_three_columns(
-    panel: int,
-    pitch: int,
-    image: int,
-    plane: int,
-    channels: int,
-    height: int,
-    width: int,
-    row: int,
-    column: int,
-    lines: int,
-    phases: int,
-    phase_step: int,
-    stride_height: int,
-    stride_width: int,
-    dilation: int,
-) -> None:
-    """`pack_strips` of kernels with three columns, at most two phases, and tiles of whole vectors.
-
-    Channels are copied one after the other, as they lie in memory. ``row`` and ``column`` are the
-    image's first; columns are one or two apart, the latter without ``dilation``.
-    """
-    first, last = lines_inside(row, stride_height, height, lines)
-    second_first, second_last = lines_inside(row + phase_step, stride_height, height, lines)
-    middle = LANES if stride_width == 2 else dilation
-    apart = 4 * LANES * lines * phases
-    along = 4 * width * stride_height
-    low = mask_between(column, 1, width, FLOAT32)
-    high = mask_between(column + middle, 1, width, FLOAT32)
-    behind = mask_between(column + 2 * middle, 1, width, FLOAT32)
-    source = image + 4 * (row * width + column)
-    for _ in range(channels):
-        place = panel
-        for phase in range(phases):
-            begin, end = (second_first, second_last) if phase else (first, last)
-            origin = source + phase * phase_step * 4 * width + begin * along
-            place = clear_three(place, apart, begin)
-            if stride_width == 2:
-                for _ in range(begin, end):
-                    one, two, three = load_three(origin, FLOAT32, low, high, behind)
-                    store(place, one)
-                    store(place + apart, two)
-                    store(place + 2 * apart, three)
-                    origin += along
-                    place += 4 * LANES
-            else:
-                for _ in range(begin, end):
-                    store(place, load_masked(origin, FLOAT32, low))
-                    store(place + apart, load_masked(origin + 4 * dilation, FLOAT32, high))
-                    store(place + 2 * apart, load_masked(origin + 8 * dilation, FLOAT32, behind))
-                    origin += along
-                    place += 4 * LANES
-            place = clear_three(place, apart, lines - end)
-        source += plane
-        panel += pitch
-
-
-@inlined
-def lines_inside(row: int, stride: int, height: int, lines: int) -> tuple[int, int]:
-    """Which of ``lines`` rows, from ``row`` on and ``stride`` apart, are inside: from, to."""
-    first = min((max(-row, 0) + stride - 1) // stride, lines)
-    return first, max(min((height - row + stride - 1) // stride, lines), first)
-
-
-@inlined
-def clear_three(place: int, apart: int, lines: int) -> int:
-    """Zeros in so many vectors of three columns; the address behind the first column's."""
-    for _ in range(lines):
-        store(place, broadcast(0.0, FLOAT32))
-        store(place + apart, broadcast(0.0, FLOAT32))
-        store(place + 2 * apart, broadcast(0.0, FLOAT32))
-        place += 4 * LANES
-    return place
-
-
-@inlined
-def pack_pieces(
-    target: int,
-    pitch: int,
-    image: int,
-    plane: int,
-    channels: int,
-    height: int,
-    width: int,
-    row: int,
-    column: int,
-    lanes: int,
-    piece: int,
-) -> None:
-    """A vector of two or four pieces of rows, of every channel.
-
-    The first begins at ``row`` and ``column`` of the image, each other ``piece`` rows below the one
-    before it. Pixels outside are zero.
-    """
-    first = piece_mask(row, column, height, width, 0, lanes)
-    second = piece_mask(row + piece, column, height, width, lanes, lanes)
-    step = 4 * (piece * width - lanes)
-    source = image + 4 * (row * width + column)
-    if 2 * lanes == LANES:
-        for _ in range(channels):
-            value = load_masked(source, FLOAT32, first)
-            store(target, load_over(source + step, value, second))
-            source += plane
-            target += pitch
-    else:
-        third = piece_mask(row + 2 * piece, column, height, width, 2 * lanes, lanes)
-        fourth = piece_mask(row + 3 * piece, column, height, width, 3 * lanes, lanes)
-        for _ in range(channels):
-            value = load_masked(source, FLOAT32, first)
-            value = load_over(source + step, value, second)
-            value = load_over(source + 2 * step, value, third)
-            store(target, load_over(source + 3 * step, value, fourth))
-            source += plane
-            target += pitch
-
-
-@inlined
-def piece_mask(row: int, column: int, height: int, width: int, lane: int, lanes: int) -> Any:
-    """The lanes from ``lane`` on that hold ``lanes`` pixels of a row from ``column`` on, inside."""
-    inside = mask_between(column - lane, 1, width if 0 <= row < height else 0, FLOAT32)
-    return inside & mask_first(lane + lanes, FLOAT32) & ~mask_first(lane, FLOAT32)
-
-
-@inlined
 def pack_columns(
     target: int, pitch: int, source: int, step: int, column: int, depth: int, columns: int
 ) -> None:
@@ -536,6 +312,13 @@ def pack_columns(
 
 
 @inlined
+def lines_inside(row: int, stride: int, height: int, lines: int) -> tuple[int, int]:
+    """Which of ``lines`` rows, from ``row`` on and ``stride`` apart, are inside: from, to."""
+    first = min((max(-row, 0) + stride - 1) // stride, lines)
+    return first, max(min((height - row + stride - 1) // stride, lines), first)
+
+
+@inlined
 def pad_rows(
     target: int,
     pitch: int,
@@ -554,8 +337,7 @@ def pad_rows(
     those from 1 on, and so forth, so that windows ``stride`` apart are neighbours. ``top`` may be
     negative: the rows start inside the image.
     """
-    first = min(max(top, 0), rows)
-    last = max(min(top + height, rows), first)
+    first, last = lines_inside(-top, 1, height, rows)
     outside = broadcast(0.0, FLOAT32)
     for phase in range(stride):
         for column in range(0, phase_pitch // 4, LANES):

@@ -46,6 +46,7 @@ _HELPERS = (
     "finish.py",
     "panel.py",
     "shares.py",
+    "strip_panel.py",
     "tile.py",
     "words.py",
 )

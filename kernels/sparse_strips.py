@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.kernels import panel, source
+from graphopt.kernels import source, strip_panel
 from graphopt.kernels.convolution import Image, epilogue_starts
 from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import Arguments, indent
@@ -107,7 +107,7 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
 
     @property
     def _pack(self) -> int:
-        return source.shared(panel.pack_strips).address
+        return source.shared(strip_panel.pack_strips).address
 
     @staticmethod
     def panel_cycles(

@@ -23,7 +23,7 @@ VECTOR_BYTES = 4 * LANES
 FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
 MOST_STEPS = 2**16
-"""Steps of a panel: in fours, the numbers of columns have 16 bits."""
+"""Steps of a panel: the numbers of columns have 16 bits."""
 _CHAINS = 4 if LANES == 16 else 12
 """Sums at once: an addition waits for the last one to the same sum, some four cycles. Vectors of 16
 are multiplied once a cycle, shorter ones twice; where a tile has few sums, each is made in parts.

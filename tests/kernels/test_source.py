@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,15 @@ def test_a_changed_file_is_written_anew(folder: Path, monkeypatch: pytest.Monkey
     file.write_text("raise AssertionError")
     monkeypatch.setattr(source, "_entries", {})
     assert value(source.build("plus", TEXT.format(1)), 1) == 2
+
+
+def test_what_kernels_are_made_of_is_part_of_their_key() -> None:
+    made_of = {
+        path.name
+        for path in Path(source.__file__).parent.glob("*.py")
+        if re.search("^@(inlined|intrinsic|operation)", path.read_text(), re.MULTILINE)
+    }
+    assert made_of <= set(source._HELPERS)
 
 
 def test_many_threads_get_one_kernel(folder: Path) -> None:
