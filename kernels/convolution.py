@@ -65,7 +65,9 @@ class Image:
     """A convolution of two spatial dimensions, as its kernel sees it.
 
     ``extras`` are the strides of the epilogue's further inputs by (image, channel, pixel).
-    ``plane`` and ``out_plane`` are elements from channel to channel.
+    ``plane`` and ``out_plane`` are elements from channel to channel. Where an image, or the output,
+    is in halves, the lower half lies ``gap``, or ``out_gap``, elements further than if it were not,
+    else it is 0.
     """
 
     batch: int
@@ -81,6 +83,8 @@ class Image:
     extras: tuple[tuple[int, int, int], ...]
     plane: int
     out_plane: int
+    gap: int = 0
+    out_gap: int = 0
 
     @property
     def taps(self) -> int:
@@ -263,10 +267,13 @@ def _linear(problem: ConvolutionProblem, image: Image) -> MatmulProblem:
     return MatmulProblem((x, weight, *extras), (y,), (False, True), problem.epilogue)
 
 
-def image_of(problem: ConvolutionProblem, padded: bool = False) -> Image | None:
+def image_of(
+    problem: ConvolutionProblem, padded: bool = False, halved: bool = False
+) -> Image | None:
     """The problem in two spatial dimensions, or None where this family cannot solve it.
 
-    ``padded`` says whether it can where the planes of images are padded.
+    ``padded`` says whether it can where the planes of images are padded, ``halved`` whether it can
+    where they are in halves.
     """
     x, weight, *extras = problem.inputs
     (y,) = problem.outputs
@@ -277,13 +284,15 @@ def image_of(problem: ConvolutionProblem, padded: bool = False) -> Image | None:
         return None
     plain = Layout.plain("float32", rank + 2)
     layouts = [x.layout, weight.layout, y.layout]
+    if halved:
+        layouts = [replace(layout, halves=False) for layout in layouts]
     if padded:
         layouts = [replace(layout, plane=0) for layout in layouts]
     if any(layout != plain for layout in layouts):
         return None
     if problem.epilogue is not None and not epilogue_supported(problem.epilogue, extras):
         return None
-    strides = [image_strides(extra, y) for extra in extras]
+    strides = [_extra_strides(extra, y) for extra in extras]
     if None in strides:
         return None
 
@@ -305,12 +314,30 @@ def image_of(problem: ConvolutionProblem, padded: bool = False) -> Image | None:
         tuple(entry for entry in strides if entry is not None),
         x.layout.plane or math.prod(x.shape[2:]),
         y.layout.plane or math.prod(y.shape[2:]),
+        *(_gap(operand) for operand in (x, y)),
     )
     # Without gaps and padding the pixels of an image are one long row.
     if image.is_pointwise:
         row = (1, image.pixels)
         image = replace(image, size=row, out_size=row)
     return image
+
+
+def _extra_strides(extra: Operand, y: Operand) -> tuple[int, int, int] | None:
+    """`image_strides`, also where the output is in halves: those of the upper one."""
+    upper = replace(y, layout=replace(y.layout, halves=False))
+    if extra.layout.halves:
+        return image_strides(upper, upper) if extra == y else None
+    strides = image_strides(extra, upper)
+    # What is there for all pixels of a channel has no halves.
+    return None if strides is not None and strides[2] and y.layout.halves else strides
+
+
+def _gap(image: Operand) -> int:
+    """Elements between the halves of an image's first plane."""
+    if not image.layout.halves:
+        return 0
+    return image.shape[1] * image.layout.plane - math.prod(image.shape[2:]) // 2
 
 
 def _depth_channels(image: Image) -> int:
@@ -456,7 +483,7 @@ while task < stop:
             call_kernel(pack, (
                 b, b_step, source, plane, block_channels, height, width, out_width, pixels,
                 start, filled, kernel_height, kernel_width, stride_height, stride_width,
-                dilation_height, dilation_width, top, left,
+                dilation_height, dilation_width, top, left, height, 0,
             ))
             if panel < extra_columns:
                 start += filled * LANES
@@ -464,6 +491,7 @@ while task < stop:
                     b + depth * b_step, 4, source, plane, block_channels, height, width,
                     out_width, start + 1, start, 1, kernel_height, kernel_width,
                     stride_height, stride_width, dilation_height, dilation_width, top, left,
+                    height, 0,
                 ))
             b += panel_bytes
             panel += 1

@@ -22,11 +22,11 @@ from graphopt.kernels.convolution import Image, image_of
 from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.register import VECTORS_PER_CYCLE
 from graphopt.kernels.registry import Argument, Candidate, Input, Output, Step, register
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
-    VECTORS_PER_CYCLE,
     VOCABULARY,
     WORTH_SHARING,
     fill,

@@ -18,6 +18,7 @@ from graphopt.kernels.convolution import Image, epilogue_starts, image_epilogue,
 from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.register import VECTORS_PER_CYCLE
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -33,7 +34,6 @@ from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     PARTS,
-    VECTORS_PER_CYCLE,
     VOCABULARY,
     WORTH_SHARING,
     TileShape,

@@ -243,9 +243,13 @@ LINE = 64
 
 def fetch_ahead(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Bring the line at ``address``, which need not exist, into the caches."""
+    _fetch(builder, address, written=0)
+
+
+def _fetch(builder: ir.IRBuilder, address: ir.Value, written: int) -> None:
     pointer = _pointer(builder, address, ir.IntType(8))
-    # To read, into all caches, of data.
-    flags = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]
+    # To read or to write, into all caches, of data.
+    flags = [ir.Constant(ir.IntType(32), number) for number in (written, 3, 1)]
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 
@@ -255,6 +259,17 @@ def prefetch(typing: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
         fetch_ahead(builder, values[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def prefetch_written(typing: Any, address: Any) -> Any:
+    """`prefetch` of a line that will be written."""
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        _fetch(builder, values[0], written=1)
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

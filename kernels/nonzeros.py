@@ -29,6 +29,7 @@ import numpy as np
 from graphopt.kernels import tile
 from graphopt.kernels.loops import indent
 from graphopt.kernels.memory import LINE
+from graphopt.kernels.register import VECTORS_PER_CYCLE
 from graphopt.kernels.registry import aligned_empty
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.stream import (
@@ -37,7 +38,7 @@ from graphopt.kernels.stream import (
     VECTOR_BYTES,
     four_bytes,
 )
-from graphopt.kernels.tile import PARTS, VECTORS_PER_CYCLE, fill
+from graphopt.kernels.tile import PARTS, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern
 
 VOCABULARY = (*tile.VOCABULARY, "shares", "stream")
@@ -57,7 +58,7 @@ _TAIL_WIDTHS = (3, 4) if LANES == 16 else (4, 6)
 """The same of panels of which the last has a tail."""
 _TAILS = tuple(lanes for lanes in (4, 8) if lanes < LANES)
 """Lanes of narrower vectors."""
-_TAIL_COST = 0.5
+_TAIL_COST = 1.0 if LANES == 16 and VECTORS_PER_CYCLE == 2 else 0.5
 """Of that of a whole vector."""
 _LEAST_PART = 8
 """Row groups of a part at least."""
@@ -192,10 +193,14 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
     """Widths to try, their tail, and the pitch if panels of these widths stay where they are."""
     vectors, rest = divmod(columns, LANES)
     tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
+    whole = math.ceil(columns / LANES)
     widths = [width for width in _TAIL_WIDTHS if tail and vectors and vectors % width == 0]
-    if not widths:
-        tail, vectors = 0, math.ceil(columns / LANES)
-        widths = _fitting(WIDTHS[rows], vectors)
+    # Fewer panels are better than a narrower vector, and as many where that costs no less.
+    panels = vectors // max(widths, default=1) - (_TAIL_COST < 1)
+    fewer = [w for w in WIDTHS[rows] if tail and whole % w == 0 and whole // w <= panels]
+    if fewer or not widths:
+        tail, vectors = 0, whole
+        widths = fewer or _fitting(WIDTHS[rows], vectors)
     may_stay = _STAYING_WIDTHS if rows == 1 and not tail else widths
     staying = [width for width in may_stay if _stays(width, tail, vectors, pitch)]
     return (staying, tail, pitch) if staying else (widths, tail, 0)
@@ -364,6 +369,7 @@ def product_lines(
     finish: Sequence[str],
     before: Sequence[str] = (),
     finish_tail: Sequence[str] = (),
+    columns: str = "",
 ) -> list[str]:
     """Lines that multiply a panel by a stream.
 
@@ -373,11 +379,12 @@ def product_lines(
     and the ``tail_step`` of the address ``tail``. ``before`` and ``finish`` (``finish_tail``
     for a panel with a tail) are the lines around each row group, with its ``number`` and the
     address ``sums`` of its own; at the end the variable `tile_name` is what `multiply_stream`
-    returns.
+    returns. ``columns`` is the variable that says how many columns the panel has, if others are in
+    memory that is not known.
     """
-    parts = {"before": before, "tile": _tile_lines(schedule, finish, tail=False)}
+    parts = {"before": before, "tile": _tile_lines(schedule, finish, False, columns)}
     if schedule.tail:
-        tail = _tile_lines(schedule, finish_tail, tail=True)
+        tail = _tile_lines(schedule, finish_tail, True, columns)
         parts["tile"] = ["if has_tail:", *indent(1, tail), "else:", *indent(1, parts["tile"])]
     sizes = {
         "SUMS": schedule.rows * schedule.sums_step,
@@ -386,10 +393,11 @@ def product_lines(
     return fill(_BODY, parts, sizes)
 
 
-def _tile_lines(schedule: Schedule, finish: Sequence[str], tail: bool) -> list[str]:
+def _tile_lines(schedule: Schedule, finish: Sequence[str], tail: bool, columns: str) -> list[str]:
     """Lines that multiply a row group, and what follows."""
     rows = "panel, step, tail, tail_step" if tail else "panel, step, panel, 0"
-    operands = f"p, fours, {rows}, sums, first_block, {_shape(schedule, tail)}"
+    filled = f"{columns} - {schedule.width - (not tail)} * LANES" if columns else "0"
+    operands = f"p, fours, {rows}, sums, first_block, {filled}, {_shape(schedule, tail)}"
     return [f"{tile_name(tail)} = multiply_stream({operands})", *finish]
 
 

@@ -41,7 +41,9 @@ class Layout:
     to a multiple of `PIXELS` unless it is a single one. So integer kernels have it: see `grouped`.
 
     ``plane`` is the distance in elements between neighbours along dimension 1 of an image whose
-    planes of pixels are padded, see `padded`; 0 means dense.
+    planes of pixels are padded, see `padded`; 0 means dense. With ``halves`` it is that between
+    neighbours of the upper half of an image, after all channels of which those of the lower half
+    follow, see `halved`.
     """
 
     dtype: str
@@ -49,6 +51,7 @@ class Layout:
     pitch: int = 0
     group: int = 1
     plane: int = 0
+    halves: bool = False
 
     @staticmethod
     def plain(dtype: str, rank: int) -> Layout:
@@ -66,9 +69,22 @@ class Layout:
 
         Distances of 8 lines, or multiples, would put them into few sets of the caches.
         """
-        lines = math.ceil(math.prod(shape[2:]) / PIXELS)
-        lines += lines % 8 == 0
-        return Layout(dtype, tuple(range(len(shape))), plane=lines * PIXELS)
+        return Layout(dtype, tuple(range(len(shape))), plane=_padded(math.prod(shape[2:])))
+
+    @staticmethod
+    def halved(dtype: str, shape: tuple[int, ...]) -> Layout:
+        """Memory of shape (1, 2, C, pixels of half an image) of one image with evenly many rows.
+
+        Planes are padded as those of `padded`. Two threads that compute a half each then never have
+        pages of memory in common, where their CPUs, which fetch what lies ahead in a page, would
+        take each other's lines from the caches again and again.
+
+        Raises ValueError for other shapes.
+        """
+        if len(shape) != 4 or shape[0] != 1 or shape[2] % 2:
+            raise ValueError(f"images of shape {shape} have no halves")
+        plane = _padded(shape[2] // 2 * shape[3])
+        return Layout(dtype, tuple(range(4)), plane=plane, halves=True)
 
     @property
     def is_rearranged(self) -> bool:
@@ -84,6 +100,8 @@ class Layout:
             pixels = math.prod(shape[2:])
             padded = pixels if pixels == 1 else math.ceil(pixels / PIXELS) * PIXELS
             return (shape[0], math.ceil(shape[1] / self.group), padded, self.group)
+        if self.halves:
+            return (1, 2, shape[1], self.plane)
         if self.plane:
             return (*shape[:2], self.plane)
         if self.pitch:
@@ -93,10 +111,12 @@ class Layout:
     def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Elements between neighbours along each dimension of a tensor of that shape.
 
-        Raises ValueError for a grouped layout, which has no such distances.
+        Raises ValueError for layouts in groups or halves, which have no such distances.
         """
         if self.group > 1:
             raise ValueError("the channels of a grouped layout are at no fixed distance")
+        if self.halves:
+            raise ValueError("the rows of an image in halves are at no fixed distance")
         strides = [0] * len(shape)
         distance = 1
         for place, dimension in enumerate(reversed(self.order)):
@@ -116,6 +136,12 @@ class Layout:
             return math.prod(self.memory(shape)) * ITEM_BYTES[self.dtype]
         steps = zip(shape, self.strides(shape), strict=True)
         return (1 + sum((size - 1) * stride for size, stride in steps)) * ITEM_BYTES[self.dtype]
+
+
+def _padded(pixels: int) -> int:
+    """Elements of a padded plane of so many."""
+    lines = math.ceil(pixels / PIXELS)
+    return (lines + (lines % 8 == 0)) * PIXELS
 
 
 @dataclass(frozen=True)
@@ -153,6 +179,11 @@ class Operand:
     def padded(self) -> Operand:
         """The same image with padded planes, see `Layout.padded`."""
         return Operand(self.shape, Layout.padded(self.dtype, self.shape))
+
+    @property
+    def halved(self) -> Operand:
+        """The same image in two halves, see `Layout.halved`."""
+        return Operand(self.shape, Layout.halved(self.dtype, self.shape))
 
     @property
     def memory(self) -> tuple[int, ...]:

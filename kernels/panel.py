@@ -53,18 +53,21 @@ def pack_taps(
     dilation_width: int,
     top: int,
     left: int,
+    half: int,
+    gap: int,
 ) -> None:
     """What a convolution multiplies for ``vectors`` vectors of output pixels from ``first`` on.
 
     The panel's rows are ordered by kernel position, then channel. Pixels outside the image are
     zero, columns from ``pixels`` on anything. ``top`` and ``left`` are the padding. Channels of
-    ``image`` are ``plane`` bytes apart and dense inside.
+    ``image`` are ``plane`` bytes apart and dense inside, but for ``gap`` bytes in front of the row
+    ``half``.
     """
     whole = top == 0 and left == 0 and out_width == width and pixels == height * width
     if whole and kernel_height * kernel_width * stride_height * stride_width == 1:
         pack_rows(panel, pitch, image + 4 * first, plane, channels, pixels - first, vectors)
         return
-    if stride_height == 1 and stride_width == 1 and out_width == width:
+    if stride_height == 1 and stride_width == 1 and out_width == width and gap == 0:
         pack_shifted(
             panel,
             pitch,
@@ -101,7 +104,7 @@ def pack_taps(
             for y in range(0, kernel_height, lines):
                 source_row = row * stride_height + y * dilation_height - top
                 source_column = (column - lane) * stride_width - left
-                source = image + 4 * (source_row * width + source_column)
+                source = image + row_start(source_row, width, half, gap) + 4 * source_column
                 for _ in range(0, kernel_width, columns):
                     pack_pixels(
                         target,
@@ -119,6 +122,8 @@ def pack_taps(
                         width,
                         lane,
                         columns,
+                        half,
+                        gap,
                     )
                     source_column += dilation_width
                     source += 4 * dilation_width
@@ -126,6 +131,12 @@ def pack_taps(
             lane += out_width - column
             column = 0
             row += 1
+
+
+@inlined
+def row_start(row: int, width: int, half: int, gap: int) -> int:
+    """Bytes from an image's first pixel to a row, with ``gap`` bytes in front of row ``half``."""
+    return 4 * row * width + (gap if row >= half else 0)
 
 
 @inlined
@@ -210,12 +221,15 @@ def pack_pixels(
     width: int,
     lane: int,
     columns: int,
+    half: int,
+    gap: int,
 ) -> None:
     """A vector of the columns from ``start`` on in steps of ``stride``, of every channel.
 
     It is taken from each of ``rows`` rows of the image, the first of which is ``row``, the others
-    each ``row_step`` further, and goes ``target_step`` further. Lanes before ``lane`` are kept,
-    pixels outside of the image are zero. The masks are those of all rows and channels.
+    each ``row_step`` further, and goes ``target_step`` further; ``gap`` bytes are in front of the
+    row ``half``. Lanes before ``lane`` are kept, pixels outside of the image are zero. The masks
+    are those of all rows and channels.
 
     ``columns`` is 1, or 3 for as many neighbouring columns of a kernel in steps of two: most of
     their pixels are under two of them. What is under one goes behind that under the one before.
@@ -255,8 +269,9 @@ def pack_pixels(
                 put(place, gather(origin, 4 * stride, FLOAT32, low), lane, written)
                 origin += plane
                 place += pitch
+        source -= row_start(row, width, half, gap)
         row += row_step
-        source += 4 * width * row_step
+        source += row_start(row, width, half, gap)
         target += target_step
 
 

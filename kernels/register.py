@@ -35,8 +35,15 @@ def _register_lanes(features: frozenset[str]) -> int:
     return 8 if "avx" in features else 4
 
 
+CPU = str(cpu_target.target_context.codegen().magic_tuple()[1])
+"""The processor that code is generated for, as LLVM names it."""
+AMD = CPU.startswith(("znver", "bdver", "btver"))
 FEATURES = cpu_features()
 LANES = _register_lanes(FEATURES)
+_ONE_A_CYCLE = ("znver4", "cannonlake", "icelake-client", "tigerlake", "rocketlake")
+"""CPUs, as LLVM names them, that need both of their units to multiply 16 lanes."""
+VECTORS_PER_CYCLE = 1 if LANES == 16 and CPU in _ONE_A_CYCLE else 2
+"""Whole vectors that are multiplied, or loaded, per cycle."""
 FUSED = "fma" in FEATURES or "neon" in FEATURES
 MASK_REGISTERS = "avx512f" in FEATURES
 """Whether the CPU has masks of one bit per lane, as good as free to load and store with."""

@@ -37,6 +37,7 @@ from graphopt.kernels.nonzeros import (
 )
 from graphopt.kernels.operand import ConstantOperand
 from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.register import AMD, VECTORS_PER_CYCLE
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -49,7 +50,8 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.shares import panel_shares, share_lines
-from graphopt.kernels.tile import CYCLES_PER_SECOND, VECTORS_PER_CYCLE, WORTH_SHARING, fill
+from graphopt.kernels.simd import LANES
+from graphopt.kernels.tile import CYCLES_PER_SECOND, WORTH_SHARING, fill
 from graphopt.kernels.zeros import ZeroPattern
 
 _READ_CYCLES = 3
@@ -77,12 +79,23 @@ class SparseConvolutionCandidate(Candidate):
         return math.ceil(self.image.channels / self._block_channels)
 
     @property
+    def _bands(self) -> int:
+        """Halves of the output that no panel has a part of both of."""
+        return bands(self.image)
+
+    @property
     def _panels(self) -> int:
-        return self.schedule.panels(self.image.pixels)
+        return self._bands * self.schedule.panels(self.image.pixels // self._bands)
 
     @property
     def _parts(self) -> int:
         return self.schedule.parts(self.image.outputs, self._panels)
+
+    @property
+    def _has_unknown(self) -> bool:
+        """Whether a panel in place ends with the padding of planes."""
+        lanes = self.schedule.tail or LANES
+        return self.schedule.pitch > 0 and self.image.pixels // self._bands % lanes > 0
 
     @property
     def _pack(self) -> int:
@@ -102,7 +115,8 @@ class SparseConvolutionCandidate(Candidate):
             tasks -= copy
         else:
             copy = schedule.width * depth * pack_cycles(image)
-        return panels_of((copy, tasks), schedule, image.pixels)
+        count = bands(image)
+        return count * panels_of((copy, tasks), schedule, image.pixels // count)
 
     def packing(self) -> tuple[object, ...]:
         return (self.schedule, self._parts)
@@ -146,6 +160,11 @@ class SparseConvolutionCandidate(Candidate):
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
+    @property
+    def _shift(self) -> int:
+        """Bytes that the lower half of a single row of pixels lies further than its start says."""
+        return 4 * self.image.gap if self.image.is_pointwise else 0
+
     def _arguments(self) -> Arguments:
         image, block = self.image, Arguments()
         values: dict[str, Argument] = {
@@ -159,11 +178,15 @@ class SparseConvolutionCandidate(Candidate):
             "height": image.size[0], "width": image.size[1],
             "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "out_width": image.out_size[1], "pixels": image.pixels,
+            "half": image.size[0] if self._shift else math.ceil(image.size[0] / 2),
+            "gap": 0 if self._shift else 4 * image.gap, "out_gap": image.out_gap,
             "kernel_height": image.kernel[0], "kernel_width": image.kernel[1],
             "stride_height": image.stride[0], "stride_width": image.stride[1],
             "dilation_height": image.dilation[0], "dilation_width": image.dilation[1],
             "top": image.start[0], "left": image.start[1],
             "panels": self._panels, "block_channels": self._block_channels,
+            "band_panels": self._panels // self._bands, "bands": self._bands,
+            "shift": self._shift,
             "blocks": self._blocks, "parts": self._parts,
             "tasks": image.batch * image.groups * self._panels * self._parts,
         }  # fmt: skip
@@ -190,6 +213,7 @@ class SparseConvolutionCandidate(Candidate):
                 _finish_lines(schedule, epilogue, tail=False),
                 fetch_lines(schedule.rows, epilogue, schedule.lines + 1, f"{LINE // 4}"),
                 _finish_lines(schedule, epilogue, tail=True) if schedule.tail else (),
+                "columns" if self._has_unknown else "",
             ),
         }
         return fill(BODY, parts, sizes)
@@ -208,7 +232,7 @@ def sparse_candidates(
 ) -> list[Candidate]:
     """A candidate of a kind for each schedule that suits the zeros; none where there are few."""
     problem.check()
-    image = image_of(problem, padded=True)
+    image = image_of(problem, padded=True, halved=True)
     weight = problem.inputs[1]
     if image is None or not isinstance(weight, ConstantOperand) or weight.zeros is None:
         return []
@@ -232,7 +256,13 @@ def task_cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
 def _schedules(image: Image, zeros: ZeroPattern) -> Iterable[Schedule]:
     depth = image.channels * image.taps
     pitch = 4 * image.plane if image.is_pointwise else 0
-    return schedules(zeros, depth, image.pixels, image.taps, image.out_size[1], pitch)
+    pixels = image.pixels // bands(image)
+    return schedules(zeros, depth, pixels, image.taps, image.out_size[1], pitch)
+
+
+def bands(image: Image) -> int:
+    """In how many bands an output is computed, of whose pixels no panel has some of several."""
+    return 2 if image.out_gap or (image.gap and image.is_pointwise) else 1
 
 
 def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[str]:
@@ -253,15 +283,21 @@ def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[st
 def fetch_lines(
     rows: int, epilogue: Epilogue, lines: int, step: str, start: Sequence[str] = ()
 ) -> list[str]:
-    """Lines that fetch, while a row group is multiplied, what its epilogue will read.
+    """Lines that fetch, while a row group is multiplied, what its epilogue will read and write.
 
     That is too little in a row for the CPU to foresee it. Of each operand, ``lines`` lines of the
     cache are fetched that are ``step`` elements apart; the lines ``start`` find the first pixel.
+    The result mostly becomes of what is added to it, if anything is; else AMD's CPUs need not be
+    told of it.
     """
-    fetch = [
-        f"prefetch(e{index} + {row} * e{index}_row + {line * extra.width} * {step})"
+    places = [
+        (f"e{index}", f"e{index}_row", extra.width)
         for index, extra in enumerate(epilogue.extras)
         if extra.along
+    ]
+    fetch = [
+        f"prefetch_written({first} + {row} * {along} + {line * width} * {step})"
+        for first, along, width in places or ([] if AMD else [("c", "out_plane", 4)])
         for row in range(rows)
         for line in range(lines)
     ]
@@ -274,6 +310,7 @@ if block + 1 == blocks:
     channel = group * outputs + number * ROWS
     <start>
     <starts>
+    c = y + (image * groups * outputs + channel) * out_plane + 4 * start
     <fetch>
 """
 
@@ -289,38 +326,41 @@ else:
 """
 
 _PANEL = """
-source = x + (place * channels + first_channel) * plane
+source = x + (place * channels + first_channel) * plane + band * shift
 panel_channels = min(channels - first_channel, block_channels)
 if pack == 0:
     step = plane
-    panel = source + 4 * start
+    panel = source + 4 * first
 else:
     step = STEP
     panel = own_scratch
     call_kernel(pack, (
         panel, STEP, source, plane, panel_channels, height, width, out_width, pixels,
-        start, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
+        first, (min(columns, WIDTH * LANES) + LANES - 1) // LANES,
         kernel_height, kernel_width, stride_height, stride_width,
-        dilation_height, dilation_width, top, left,
+        dilation_height, dilation_width, top, left, half, gap,
     ))
 """
 
 _TAIL = """
-has_tail = panel_number + 1 == panels
+has_tail = (panel_number + 1) % band_panels == 0
 tail_step = step if pack == 0 else TAIL_ROW
 tail = panel + (4 * WIDTH * LANES if pack == 0 else tail_start)
 if has_tail and pack != 0:
     call_kernel(pack, (
         tail, TAIL_ROW, source, plane, panel_channels, height, width, out_width, pixels,
-        start + WIDTH * LANES, 1,
+        first + WIDTH * LANES, 1,
         kernel_height, kernel_width, stride_height, stride_width,
-        dilation_height, dilation_width, top, left,
+        dilation_height, dilation_width, top, left, half, gap,
     ))
 """
 
 _PLACE = """
-start = panel_number * WIDTH * LANES
-columns = pixels - start
+band = panel_number // band_panels
+band_pixels = pixels // bands
+columns = band_pixels - (panel_number - band * band_panels) * WIDTH * LANES
+first = (band + 1) * band_pixels - columns
+start = first + band * out_gap
 """
 
 BODY = """

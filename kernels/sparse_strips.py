@@ -153,6 +153,7 @@ class SparseStripsCandidate(SparseConvolutionCandidate):
         block.add("phase_step", own.phases.step)
         block.add("pitch", VECTOR_BYTES * own.vectors)
         block.add("out_height", self.image.out_size[0])
+        block.add("out_half", math.ceil(self.image.out_size[0] / 2))
         return block
 
     def _lines(self, epilogue: Epilogue) -> list[str]:
@@ -221,7 +222,9 @@ def _schedules(image: Image, zeros: ZeroPattern) -> Iterator[Schedule]:
     for rows in rows_at_once(zeros):
         for height in WIDTHS[rows]:
             vectors = strips(image, height).vectors
-            if vectors >= height * image.taps:
+            # A piece of a tile lies in one half of the output.
+            crosses = image.out_gap > 0 and image.out_size[0] // 2 % height > 0
+            if crosses or vectors >= height * image.taps:
                 continue
             for channels in depths(image.channels, vectors, VECTOR_BYTES * vectors):
                 size = channels * vectors * VECTOR_BYTES
@@ -258,7 +261,7 @@ def _store_lines(schedule: Schedule, epilogue: Epilogue, whole: bool) -> list[st
     return lines
 
 
-_START = "start = tile_row * out_width + tile_column"
+_START = "start = tile_row * out_width + tile_column + (out_gap if tile_row >= out_half else 0)"
 
 _PLACE = """
 step = 4 * LANES
@@ -277,7 +280,7 @@ call_kernel(pack, (
     panel, pitch, x + (place * channels + first_channel) * plane, plane,
     min(channels - first_channel, block_channels), height, width,
     tile_row, tile_column, lanes, WIDTH, lines, phase_step, kernel_width,
-    stride_height, stride_width, dilation_width, top, left,
+    stride_height, stride_width, dilation_width, top, left, half, gap,
 ))
 """
 
@@ -299,6 +302,7 @@ else:
             end = lane + min(lanes, out_width - tile_column)
             here = mask_first(end, FLOAT32) & ~mask_first(lane, FLOAT32)
             start = line * out_width + tile_column - lane
+            start += out_gap if line >= out_half else 0
             rows = out_height - line
             <part>
             lane += lanes

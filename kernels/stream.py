@@ -16,17 +16,26 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from graphopt.kernels.memory import LINE, VectorMemory, fetch_ahead, int64_constant
-from graphopt.kernels.register import FEATURES, FLOAT32, LANES, Register, Vector
+from graphopt.kernels.memory import LINE, VectorMemory, fetch_ahead, first_lanes, int64_constant
+from graphopt.kernels.register import (
+    AMD,
+    FEATURES,
+    FLOAT32,
+    LANES,
+    MASK_REGISTERS,
+    VECTORS_PER_CYCLE,
+    Register,
+    Vector,
+)
 
 VECTOR_BYTES = 4 * LANES
 FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
 MOST_STEPS = 2**16
 """Steps of a panel: the numbers of columns have 16 bits."""
-_CHAINS = 4 if LANES == 16 else 12
-"""Sums at once: an addition waits for the last one to the same sum, some four cycles. Vectors of 16
-are multiplied once a cycle, shorter ones twice; where a tile has few sums, each is made in parts.
+_CHAINS = 4 * VECTORS_PER_CYCLE if LANES == 16 else 12
+"""Sums at once: an addition waits for the last one to the same sum, some four cycles. Where a tile
+has few sums, each is made in parts.
 """
 _AHEAD = 2048
 """Bytes of a stream that are fetched in advance: it comes from the main memory once a call."""
@@ -50,6 +59,7 @@ def multiply_stream(
     tail_step: Any,
     sums: Any,
     first_block: Any,
+    filled: Any,
     rows: Any,
     width: Any,
     tail_lanes: Any,
@@ -63,6 +73,10 @@ def multiply_stream(
     tuple has one vector more per row, whose lanes beyond hold anything. Unless ``first_block``,
     products are added to the sums at ``sums``, whose rows are ``sums_step`` bytes apart. The last
     four are literal.
+
+    ``filled`` is 0 (literal), or how many lanes of each step's last vector have something in the
+    panel. Others then are not multiplied: many CPUs are slow to multiply denormal numbers, as what
+    happens to be in memory may be.
     """
     shape = [one.literal_value for one in (rows, width, tail_lanes, sums_step)]
 
@@ -72,13 +86,15 @@ def multiply_stream(
             for value, kind in zip(values[:7], sig.args, strict=False)
         )
         tile = _Tile(builder, *shape)
+        if getattr(filled, "literal_value", None) != 0:
+            tile.fill(context.cast(builder, values[8], sig.args[8], types.int64))
         tile.start(sums, context.cast(builder, values[7], sig.args[7], types.boolean))
         tile.multiply(begin, fours, _Rows(panel, step), _Rows(tail, tail_step))
         return context.make_tuple(builder, sig.return_type, tile.results())
 
     result = types.UniTuple(FLOAT32, shape[0] * (shape[1] + (shape[2] > 0)))
     own = (p, fours, panel, step, tail, tail_step, sums, first_block)
-    return result(*own, rows, width, tail_lanes, sums_step), generate
+    return result(*own, filled, rows, width, tail_lanes, sums_step), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -121,6 +137,11 @@ class _Tile:
         self.sums_step = sums_step
         self.chains = max(_CHAINS // (rows * len(self.memories)), 1)
         self.sums: list[list[list[ir.Value]]] = []
+        self.filled: Register | None = None
+
+    def fill(self, lanes: ir.Value) -> None:
+        """Multiply only so many lanes of the last vector."""
+        self.filled = first_lanes(self.builder, self.memories[-1].vector, lanes)
 
     def start(self, sums: ir.Value, first_block: ir.Value) -> None:
         """Begin with zero, or with the sums that wait."""
@@ -158,6 +179,7 @@ class _Tile:
                 own = builder.lshr(numbers, int64_constant(16 * lane))
                 number = builder.and_(own, int64_constant(MOST_STEPS - 1))
                 start = self._plus(panel.address, builder.mul(number, panel.step))
+                start = start if AMD else _in_register(builder, start)
                 addresses = [self._plus(start, one * VECTOR_BYTES) for one in range(self.width)]
                 addresses.append(self._plus(tail.address, builder.mul(number, tail.step)))
                 alone = [_repeat_lane(weight, lane) for weight in weights]
@@ -179,9 +201,16 @@ class _Tile:
         """Add a row of the panel, whose vectors are at ``addresses``, times the weights."""
         for vector, (memory, address) in enumerate(zip(self.memories, addresses, strict=False)):
             value = memory.load(address)
+            filled = self.filled if vector == len(self.memories) - 1 else None
+            if filled is not None and not MASK_REGISTERS:
+                value = filled.select(value, 0.0)
             for row, weight in enumerate(weights):
                 factor = weight.resize(memory.vector.lanes)
-                total = value.fma(factor, self._sum(chain, row, vector))
+                known = self._sum(chain, row, vector)
+                total = value.fma(factor, known)
+                if filled is not None and MASK_REGISTERS:
+                    # One instruction, if LLVM does not join it with the next.
+                    total = filled.select(total, known).llvm("llvm.arithmetic.fence")
                 self.builder.store(total.value, self.sums[chain][row][vector])
 
     def _sum(self, chain: int, row: int, vector: int) -> Register:
@@ -225,6 +254,12 @@ class _Tile:
             # Else LLVM loads each number again, and loads are what such loops wait for.
             repeated = repeated.llvm("llvm.arithmetic.fence")
         return repeated
+
+
+def _in_register(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """An address that LLVM does not see as a sum: Intel's CPUs take an instruction apart that loads
+    from one and multiplies, which then passes through them as two."""
+    return builder.asm(ir.FunctionType(_INT64, [_INT64]), "", "=r,0", [address], False)
 
 
 def _repeat_lane(repeated: Register, lane: int) -> Register:

@@ -26,6 +26,7 @@ from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments
 from graphopt.kernels.minimal_filtering import KEPT_BYTES, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.register import VECTORS_PER_CYCLE
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -37,7 +38,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import CYCLES_PER_SECOND, VECTORS_PER_CYCLE, fill
+from graphopt.kernels.tile import CYCLES_PER_SECOND, fill
 
 _SIDE = 5
 """Pixels of a phase that a tile sees in one direction."""

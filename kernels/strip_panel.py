@@ -10,7 +10,7 @@ from typing import Any
 
 from graphopt.kernels import memory, simd
 from graphopt.kernels.calls import inlined
-from graphopt.kernels.panel import lines_inside, pack_pixels
+from graphopt.kernels.panel import lines_inside, pack_pixels, row_start
 from graphopt.kernels.register import FLOAT32, LANES
 
 # A type checker sees the first parameter of an intrinsic, which its callers do not give.
@@ -45,6 +45,8 @@ def pack_strips(
     dilation_width: int,
     top: int,
     left: int,
+    half: int,
+    gap: int,
 ) -> None:
     """What a convolution multiplies for a tile of output pixels, each vector one below the other.
 
@@ -53,7 +55,8 @@ def pack_strips(
     vectors for the rows of the image 0, ``stride_height``, 2 ``stride_height``, ... first, then
     those from ``phase_step`` on, and so forth; what lies under another row of the kernel begins
     some vectors further. Pixels outside the image are zero, lanes beyond the output anything.
-    Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``.
+    Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``; ``gap`` bytes are
+    in front of the image's row ``half``.
     """
     phases = (stride_height + phase_step - 1) // phase_step
     near = stride_width == 1 or (stride_width == 2 and dilation_width == 1)
@@ -74,6 +77,8 @@ def pack_strips(
             stride_height,
             stride_width,
             dilation_width,
+            half,
+            gap,
         )
         return
     for phase in range(phases):
@@ -96,6 +101,8 @@ def pack_strips(
                         source_column,
                         lanes,
                         piece * stride_height,
+                        half,
+                        gap,
                     )
                     continue
                 lane = 0
@@ -105,7 +112,7 @@ def pack_strips(
                     pack_pixels(
                         target,
                         pitch,
-                        image + 4 * (piece_row * width + start),
+                        image + row_start(piece_row, width, half, gap) + 4 * start,
                         plane,
                         channels,
                         piece_row,
@@ -118,6 +125,8 @@ def pack_strips(
                         width,
                         lane,
                         1,
+                        half,
+                        gap,
                     )
                     lane += lanes
                     piece_row += piece * stride_height
@@ -140,6 +149,8 @@ def pack_three_columns(
     stride_height: int,
     stride_width: int,
     dilation: int,
+    half: int,
+    gap: int,
 ) -> None:
     """`pack_strips` of kernels with three columns, at most two phases, and tiles of whole vectors.
 
@@ -148,6 +159,8 @@ def pack_three_columns(
     """
     first, last = lines_inside(row, stride_height, height, lines)
     second_first, second_last = lines_inside(row + phase_step, stride_height, height, lines)
+    _, upper = lines_inside(row, stride_height, half, lines)
+    _, second_upper = lines_inside(row + phase_step, stride_height, half, lines)
     middle = LANES if stride_width == 2 else dilation
     apart = 4 * LANES * lines * phases
     along = 4 * width * stride_height
@@ -159,22 +172,27 @@ def pack_three_columns(
         place = panel
         for phase in range(phases):
             begin, end = (second_first, second_last) if phase else (first, last)
+            stop = second_upper if phase else upper
             origin = source + phase * phase_step * 4 * width + begin * along
             place = clear_three(place, apart, begin)
-            if stride_width == 2:
-                for _ in range(begin, end):
-                    one, two, three = load_three(origin, FLOAT32, low, high, behind)
-                    store_three(place, apart, one, two, three)
-                    origin += along
-                    place += 4 * LANES
-            else:
-                for _ in range(begin, end):
-                    one = load_masked(origin, FLOAT32, low)
-                    two = load_masked(origin + 4 * dilation, FLOAT32, high)
-                    three = load_masked(origin + 8 * dilation, FLOAT32, behind)
-                    store_three(place, apart, one, two, three)
-                    origin += along
-                    place += 4 * LANES
+            # The lines of the upper half, then those of the lower one.
+            for _ in range(2):
+                if stride_width == 2:
+                    for _ in range(begin, stop):
+                        one, two, three = load_three(origin, FLOAT32, low, high, behind)
+                        store_three(place, apart, one, two, three)
+                        origin += along
+                        place += 4 * LANES
+                else:
+                    for _ in range(begin, stop):
+                        one = load_masked(origin, FLOAT32, low)
+                        two = load_masked(origin + 4 * dilation, FLOAT32, high)
+                        three = load_masked(origin + 8 * dilation, FLOAT32, behind)
+                        store_three(place, apart, one, two, three)
+                        origin += along
+                        place += 4 * LANES
+                begin, stop = stop, end
+                origin += gap
             place = clear_three(place, apart, lines - end)
         source += plane
         panel += pitch
@@ -211,6 +229,8 @@ def pack_pieces(
     column: int,
     lanes: int,
     piece: int,
+    half: int,
+    gap: int,
 ) -> None:
     """A vector of two or four pieces of rows, of every channel.
 
@@ -219,23 +239,29 @@ def pack_pieces(
     """
     first = piece_mask(row, column, height, width, 0, lanes)
     second = piece_mask(row + piece, column, height, width, lanes, lanes)
-    step = 4 * (piece * width - lanes)
-    source = image + 4 * (row * width + column)
+    source = image + row_start(row, width, half, gap) + 4 * column
+    below = image + row_start(row + piece, width, half, gap) + 4 * (column - lanes)
     if 2 * lanes == LANES:
         for _ in range(channels):
             value = load_masked(source, FLOAT32, first)
-            store(target, load_over(source + step, value, second))
+            store(target, load_over(below, value, second))
             source += plane
+            below += plane
             target += pitch
     else:
         third = piece_mask(row + 2 * piece, column, height, width, 2 * lanes, lanes)
         fourth = piece_mask(row + 3 * piece, column, height, width, 3 * lanes, lanes)
+        third_row = row_start(row + 2 * piece, width, half, gap) - 8 * lanes
+        fourth_row = row_start(row + 3 * piece, width, half, gap) - 12 * lanes
+        origin = image + 4 * column
         for _ in range(channels):
             value = load_masked(source, FLOAT32, first)
-            value = load_over(source + step, value, second)
-            value = load_over(source + 2 * step, value, third)
-            store(target, load_over(source + 3 * step, value, fourth))
+            value = load_over(below, value, second)
+            value = load_over(origin + third_row, value, third)
+            store(target, load_over(origin + fourth_row, value, fourth))
             source += plane
+            below += plane
+            origin += plane
             target += pitch
 
 

@@ -21,11 +21,9 @@ from numba.extending import intrinsic
 
 from graphopt.kernels.loops import indent
 from graphopt.kernels.memory import LINE, VectorMemory, fetch_ahead, first_lanes, int64_constant
-from graphopt.kernels.register import LANES, Register, Vector
+from graphopt.kernels.register import LANES, VECTORS_PER_CYCLE, Register, Vector
 
 CYCLES_PER_SECOND = 3.5e9
-VECTORS_PER_CYCLE = 1 if LANES == 16 else 2
-"""Vectors that are multiplied, or loaded, per cycle: the widest often take two units at once."""
 WORTH_SHARING = 4e-6
 """Seconds of work from which a team of threads is used."""
 DEPTH = 384 if LANES == 16 else 256

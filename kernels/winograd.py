@@ -25,6 +25,7 @@ from graphopt.kernels.epilogue import Epilogue
 from graphopt.kernels.loops import SHARE, Arguments, indent
 from graphopt.kernels.minimal_filtering import KEPT_BYTES, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem
+from graphopt.kernels.register import VECTORS_PER_CYCLE
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -36,7 +37,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import CYCLES_PER_SECOND, TILES, VECTORS_PER_CYCLE, fill, multiply_lines
+from graphopt.kernels.tile import CYCLES_PER_SECOND, TILES, fill, multiply_lines
 
 _TILE = TILES[0] if LANES == 16 else TILES[1]
 _POSITIONS = 16

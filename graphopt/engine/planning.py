@@ -16,7 +16,7 @@ import torch
 from graphopt.engine import selection as selecting
 from graphopt.engine.builder import ProgramBuilder
 from graphopt.engine.chains import chains, with_chain
-from graphopt.engine.layouts import with_padded_planes
+from graphopt.engine.layouts import with_layouts
 from graphopt.engine.lowering import lower
 from graphopt.engine.parts import PartsProgram, part_keys, part_sizes
 from graphopt.engine.program import Program
@@ -197,7 +197,7 @@ def _plan(
     """A plan that computes a whole batch at once."""
     types = graph.types_under(sizes)
     writer = _Writer(graph, threads, selection, like)
-    works = writer.with_chains(with_padded_planes(lower(graph, types)))
+    works = writer.with_chains(with_layouts(lower(graph, types)))
     for value in graph.inputs:
         kind = types[value]
         assert isinstance(kind, TensorType)

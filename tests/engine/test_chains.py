@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.engine import Plan, compile_graph, planning
 from graphopt.engine.chains import chains, with_chain
-from graphopt.engine.layouts import with_padded_planes
+from graphopt.engine.layouts import with_layouts
 from graphopt.engine.lowering import lower
 from graphopt.engine.work import Work
 from graphopt.ir import Graph
@@ -69,7 +69,7 @@ def graph_of(network: nn.Module, x: Tensor) -> Graph:
 
 def works_of(network: nn.Module, x: Tensor) -> list[Work]:
     graph = graph_of(network, x)
-    return with_padded_planes(lower(graph, graph.types_under(graph.sizes)))
+    return with_layouts(lower(graph, graph.types_under(graph.sizes)))
 
 
 def kernels_of(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""Padded planes in front of sparse convolutions, and nowhere else."""
+"""Padded planes and halves in front of sparse convolutions, and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from agreement import bound, largest_error
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.engine import compile_graph
-from graphopt.engine.layouts import with_padded_planes
+from graphopt.engine import compile_graph, layouts
+from graphopt.engine.layouts import with_layouts
 from graphopt.engine.lowering import lower
 from graphopt.engine.work import KernelWork
+from graphopt.kernels.operand import Layout
 from graphopt.kernels.simd import LANES
 from graphopt.passes import EXACT
 
@@ -40,6 +41,7 @@ class Bottlenecks(nn.Module):
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Bottlenecks:
     monkeypatch.setenv("GRAPHOPT_SELECTION", "estimate")
+    monkeypatch.setattr(layouts, "HALVES", False)
     torch.manual_seed(0)
     network = Bottlenecks().eval()
     for group in (network.reduce, network.middle, network.expand):
@@ -49,24 +51,32 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Bottlenecks:
     return network
 
 
-def padded(network: nn.Module, x: Tensor) -> int:
-    """How many values have padded planes; the plan gives the network's numbers."""
+def arranged(network: nn.Module, x: Tensor) -> list[Layout]:
+    """The layouts of the values that have padded planes or halves; the plan gives the network's
+    numbers."""
     graph = graphopt.trace(network, x)
     graphopt.Pipeline(EXACT).run(graph)
-    works = with_padded_planes(lower(graph, graph.types_under(graph.sizes)))
-    planes = {}
+    works = with_layouts(lower(graph, graph.types_under(graph.sizes)))
+    chosen: dict[object, Layout] = {}
     for work in works:
         if isinstance(work, KernelWork):
             operands = (*work.problem.inputs, *work.problem.outputs)
             for operand, value in zip(operands, (*work.inputs, *work.outputs), strict=True):
-                assert planes.setdefault(value, operand.layout.plane) == operand.layout.plane
+                assert chosen.setdefault(value, operand.layout) == operand.layout
     with torch.no_grad():
         yardstick = network(x)
         reference = copy.deepcopy(network).double()(x.double())
     for threads in (1, 2):
         results = compile_graph(graph, threads=threads).run(x)
         assert largest_error(results, reference) <= bound(yardstick, reference)
-    return sum(plane > 0 for plane in planes.values())
+    return [layout for layout in chosen.values() if layout.plane]
+
+
+def padded(network: nn.Module, x: Tensor) -> int:
+    """How many values have padded planes, none of them halves."""
+    found = arranged(network, x)
+    assert not any(layout.halves for layout in found)
+    return len(found)
 
 
 # Between the blocks, in front of the first and of each expansion; the head knows of none. With
@@ -98,3 +108,55 @@ def test_dense_networks(network: Bottlenecks) -> None:
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.05)
     assert padded(network, torch.randn(1, 3, 14, 14)) == 0
+
+
+@pytest.fixture
+def halves(network: Bottlenecks, monkeypatch: pytest.MonkeyPatch) -> Bottlenecks:
+    monkeypatch.setattr(layouts, "HALVES", True)
+    # Whatever the families expect to take.
+    monkeypatch.setattr(layouts, "_MOST_FOR_HALVES", 10.0)
+    return network
+
+
+def test_images_in_halves(halves: Bottlenecks) -> None:
+    found = arranged(halves, torch.randn(1, 3, 28, 28))
+    # The stem is dense and the head knows of none, but so what is added to the last sum.
+    assert [layout.halves for layout in found] == [True] * 4
+    assert len({layout.plane for layout in found}) == 1
+
+
+def test_stages_that_begin_and_end_with_sparse_convolutions(halves: Bottlenecks) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 96, 1), halves, nn.Flatten(), nn.Linear(96, 3)).eval()
+    halves.stem = nn.Conv2d(96, 96, 3, stride=2, padding=1)
+    halves.between = nn.Conv2d(96, 96, 1)
+    with torch.no_grad():
+        for layer in (halves.stem, halves.between):
+            layer.weight *= torch.rand_like(layer.weight) >= 0.9
+    found = arranged(network, torch.randn(1, 3, 28, 28))
+    # The results of the stem, of two reductions, middles and sums, and of what is between these.
+    assert sum(layout.halves for layout in found) == 8
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(2, 14), (1, 15)])
+def test_images_without_halves(halves: Bottlenecks, batch: int, rows: int) -> None:
+    found = arranged(halves, torch.randn(batch, 3, rows, 14))
+    assert found
+    assert not any(layout.halves for layout in found)
+
+
+def test_works_of_other_operands_than_values(halves: Bottlenecks) -> None:
+    # A lookup has a result more, which says whether its indices exist.
+    network = nn.Sequential(nn.Embedding(9, 14), nn.Unflatten(1, (3, 14)), halves).eval()
+    tokens = torch.randint(0, 9, (1, 42))
+    graph = graphopt.trace(network, tokens)
+    graphopt.Pipeline(EXACT).run(graph)
+    with torch.no_grad():
+        reference = copy.deepcopy(network).double()(tokens)
+        yardstick = network(tokens)
+    results = compile_graph(graph, threads=2).run(tokens)
+    assert largest_error(results, reference) <= bound(yardstick, reference)
+
+
+def test_halves_that_take_too_long(halves: Bottlenecks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_MOST_FOR_HALVES", 0.0)
+    assert padded(halves, torch.randn(1, 3, 14, 14)) == PADDED[14]

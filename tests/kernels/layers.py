@@ -46,11 +46,16 @@ def chain(*steps: tuple, extras: int = 0) -> Expression:
     return builder.finish(value)
 
 
-def with_padded(problem: ConvolutionProblem, places: Sequence[int]) -> ConvolutionProblem:
-    """A convolution with padded planes of the inputs at ``places``, and at -1 of its result."""
+def with_padded(
+    problem: ConvolutionProblem, places: Sequence[int], halves: bool = False
+) -> ConvolutionProblem:
+    """A convolution with padded planes, or halves, of the inputs at ``places``, and at -1 of its
+    result."""
 
     def chosen(place: int, operand: Operand) -> Operand:
-        return operand.padded if place in places else operand
+        if place not in places:
+            return operand
+        return operand.halved if halves else operand.padded
 
     inputs = tuple(chosen(place, operand) for place, operand in enumerate(problem.inputs))
     return replace(problem, inputs=inputs, outputs=(chosen(-1, problem.outputs[0]),))

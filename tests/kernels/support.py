@@ -64,12 +64,18 @@ class GuardedBuffer:
         self.bytes = np.frombuffer(whole, np.uint8) if size else np.empty(0, np.uint8)
 
     def array(self, operand: Operand) -> np.ndarray:
-        """The buffer as the operand lies in it; one in groups as its memory is."""
+        """The buffer as the operand lies in it; one in groups as its memory is, one in halves with
+        a dimension for these."""
         dtype = np.dtype(operand.dtype)
         if self.size == 0:
             return np.empty(operand.shape, dtype)
         if operand.layout.group > 1:
             return self.bytes.view(dtype).reshape(operand.memory)
+        if operand.layout.halves:
+            _, channels, rows, columns = operand.shape
+            planes = self.bytes.view(dtype).reshape(operand.memory)
+            inside = planes[..., : rows // 2 * columns]
+            return inside.reshape(1, 2, channels, rows // 2, columns, copy=False).swapaxes(1, 2)
         strides = [stride * dtype.itemsize for stride in operand.strides]
         flat = self.bytes.view(dtype)
         return np.lib.stride_tricks.as_strided(flat, operand.shape, strides)
@@ -163,16 +169,22 @@ def execute(
     for buffer, operand in zip(targets, problem.outputs, strict=True):
         _check_gaps(buffer, operand)
     return [
-        buffer.array(operand).copy()
+        buffer.array(operand).reshape(_shape(operand), copy=True)
         for buffer, operand in zip(targets, problem.outputs, strict=True)
     ]
 
 
+def _shape(operand: Operand) -> tuple[int, ...]:
+    return operand.memory if operand.layout.group > 1 else operand.shape
+
+
 def _filled(operand: Operand, array: np.ndarray, at_end: bool, offset: int) -> GuardedBuffer:
-    assert array.shape == (operand.memory if operand.layout.group > 1 else operand.shape)
+    assert array.shape == _shape(operand)
     assert array.dtype == np.dtype(operand.dtype)
     buffer = GuardedBuffer(operand.bytes, at_end, offset)
-    buffer.array(operand)[...] = array
+    buffer.bytes[...] = 0xFF
+    inside = buffer.array(operand)
+    inside[...] = array.reshape(inside.shape)
     return buffer
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+from support import GuardedBuffer
+
 from graphopt.kernels.operand import Layout, Operand
 
 
@@ -27,3 +31,28 @@ def test_padded_planes() -> None:
     assert operand.bytes == 2 * 3 * 64 * 4
     assert Operand.plain("float32", (2, 3, 4, 8)).padded.memory == (2, 3, 32)
     assert Operand.plain("float32", (2, 3, 16, 16)).padded.memory == (2, 3, 272)
+
+
+def test_halves() -> None:
+    operand = Operand.plain("float32", (1, 3, 6, 7)).halved
+    assert operand.memory == (1, 2, 3, 32)
+    assert operand.bytes == 2 * 3 * 32 * 4
+    assert Operand.plain("float32", (1, 3, 8, 32)).halved.memory == (1, 2, 3, 144)
+    with pytest.raises(ValueError, match="no fixed distance"):
+        _ = operand.strides
+    for shape in ((1, 3, 5, 7), (2, 3, 6, 7), (1, 3, 6)):
+        with pytest.raises(ValueError, match="no halves"):
+            _ = Operand.plain("float32", shape).halved
+
+
+def test_elements_of_halves() -> None:
+    operand = Operand.plain("float32", (1, 2, 4, 3)).halved
+    buffer = GuardedBuffer(operand.bytes)
+    elements = np.arange(24, dtype=np.float32).reshape(1, 2, 4, 3)
+    inside = buffer.array(operand)
+    inside[...] = elements.reshape(inside.shape)
+    memory = buffer.bytes.view(np.float32).reshape(operand.memory)
+    for half in range(2):
+        for channel in range(2):
+            rows = elements[0, channel, 2 * half : 2 * half + 2]
+            np.testing.assert_array_equal(memory[0, half, channel, :6], rows.reshape(-1))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import (
     SETTINGS,
@@ -22,6 +22,7 @@ from support import execute
 from test_convolution import CASES as DENSE_CASES
 from test_convolution import EPILOGUES, SAME, cases
 
+from graphopt.kernels import nonzeros
 from graphopt.kernels.operand import Operand
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, candidates
@@ -47,8 +48,8 @@ CASES = DENSE_CASES | {
 TAILS = {
     "7 x 7": Convolution((2, 300, 7, 7), 21, (1, 1)),
     "14 x 14": Convolution((1, 60, 14, 14), 19, (3, 3), padding=SAME),
-    "eight lanes": Convolution((1, 150, 1, 6 * 16 + 7), 9, (1, 1)),
-    "two panels, stride 2": Convolution((1, 40, 14, 35), 5, (3, 3), stride=(2, 2)),
+    "eight lanes": Convolution((1, 150, 1, 12 * 16 + 7), 9, (1, 1)),
+    "four panels, stride 2": Convolution((1, 40, 27, 31), 5, (3, 3), stride=(2, 2)),
     "stride 3, groups": Convolution((1, 40, 20, 20), 18, (2, 2), groups=2, stride=(3, 3)),
 }
 """Convolutions whose last pixels are in a narrower vector where vectors have 16 lanes."""
@@ -97,7 +98,8 @@ def extremes(found: Sequence[SparseConvolutionCandidate]) -> list[Candidate]:
 
 @pytest.mark.parametrize("name", TAILS)
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_tails(name: str, rows: int) -> None:
+def test_tails(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nonzeros, "_TAIL_COST", 0.5)
     problem, inputs, expected, magnitude = with_residual(TAILS[name], rows)
     found = [one for one in candidates(problem) if type(one) is SparseConvolutionCandidate]
     assert LANES != 16 or all(one.schedule.tail for one in found)
@@ -142,6 +144,80 @@ def test_padded_planes(name: str, rows: int, places: tuple[int, ...]) -> None:
     if 0 in places and stays and LANES == 16:
         assert all(one.schedule.pitch for one in found)
     check(problem, inputs, expected, magnitude, found=found)
+
+
+HALVES = {
+    "14 x 14": Convolution((1, 300, 14, 14), 21, (1, 1)),
+    "28 x 28": Convolution((1, 70, 28, 28), 9, (1, 1)),
+    "two pixels": Convolution((1, 60, 2, 1), 9, (1, 1)),
+    "groups": Convolution((1, 60, 6, 19), 18, (1, 1), groups=2),
+    "copied": Convolution((1, 40, 8, 2 * LANES), 9, (1, 1)),
+    "under a 3x3 kernel": Convolution((1, 40, 8, 9), 19, (3, 3), padding=SAME),
+    "stride 2": Convolution((1, 40, 28, 13), 10, (3, 3), stride=(2, 2), padding=SAME),
+    "only one pixel of four": Convolution((1, 60, 20, 22), 12, (1, 1), stride=(2, 2)),
+    "dilation": Convolution(
+        (1, 30, 12, 11), 9, (3, 2), dilation=(3, 2), padding=((3, 3), (1, 2)), groups=3
+    ),
+    "stride 3": Convolution((1, 40, 22, 20), 9, (3, 3), stride=(3, 3), padding=((1, 1), (0, 0))),
+}
+"""Convolutions of images with evenly many rows, as are their results."""
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("places", [(0, 2, -1), (0,), (2, -1)])
+def test_halves(name: str, rows: int, places: tuple[int, ...]) -> None:
+    problem, inputs, expected, magnitude = with_residual(HALVES[name], rows)
+    problem = with_padded(problem, places, halves=True)
+    found = [one for one in candidates(problem) if isinstance(one, SparseConvolutionCandidate)]
+    assert len(found) == len(candidates(problem)), "no other kernel knows of halves"
+    check(problem, inputs, expected, magnitude, found=found)
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(
+    st.tuples(*(st.integers(1, most) for most in (20, 9, 7, 21))),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(*(st.integers(1, most) for most in (3, 3, 2, 3))),
+    st.tuples(*(st.integers(0, 2) for _ in range(4))),
+    st.sampled_from([(0, -1), (0,), (-1,)]),
+)
+def test_any_halves(
+    size: tuple[int, int, int, int],
+    kernel: tuple[int, int],
+    steps: tuple[int, int, int, int],
+    around: tuple[int, int, int, int],
+    places: tuple[int, ...],
+) -> None:
+    channels, outputs, rows, columns = size
+    case = Convolution(
+        (1, channels, 2 * rows, columns),
+        outputs,
+        kernel,
+        steps[:2],
+        (around[:2], around[2:]),
+        steps[2:],
+    )
+    spans = [(k - 1) * d for k, d in zip(kernel, steps[2:], strict=True)]
+    reach = [2 * rows + sum(around[:2]) - spans[0], columns + sum(around[2:]) - spans[1]]
+    assume(min(reach) > 0)
+    assume(-1 not in places or -(-reach[0] // steps[0]) % 2 == 0)
+    weight = pruned(case.weight, 0.3)
+    assume(zero_pattern(weight) is not None)
+    x = numbers(case.x)
+    expected = case.convolve(x, weight)
+    magnitude = case.convolve(np.abs(x), np.abs(weight))
+    problem = with_padded(
+        case.problem(expected.shape, zeros=zero_pattern(weight)), places, halves=True
+    )
+    found = candidates(problem)
+    check(problem, [x, weight], expected, magnitude, found=found[:3])
+
+
+def test_what_is_added_to_halves_is_in_halves() -> None:
+    problem, *_ = with_residual(HALVES["14 x 14"], 1)
+    assert not candidates(with_padded(problem, (-1,), halves=True))
+    assert not candidates(with_padded(problem, (2,), halves=True))
 
 
 def test_panels_that_are_copied() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import Convolution, chain, check, check_overwriting, numbers, pruned
+from layers import Convolution, chain, check, check_overwriting, numbers, pruned, with_padded
 from test_convolution import SAME
 from test_sparse_convolution import extremes, with_residual
 
@@ -77,6 +77,32 @@ def test_shapes(name: str, rows: int) -> None:
     found = [one for one in candidates(problem) if isinstance(one, SparseStripsCandidate)]
     assert found
     check(problem, inputs, expected, magnitude, found=extremes(found))
+
+
+HALVES = {
+    "14 x 14": Convolution((1, 40, 14, 14), 9, (3, 3), padding=SAME),
+    "28 x 28": Convolution((1, 20, 28, 28), 9, (3, 3), padding=SAME),
+    "pieces of rows": Convolution((1, 20, 56, LANES + LANES // 4), 5, (3, 3), padding=SAME),
+    "without padding": Convolution((1, 20, 30, 2 * LANES + 1), 10, (3, 3)),
+    "stride 2": Convolution((1, 40, 28, 35), 12, (3, 3), stride=(2, 2), padding=SAME),
+    "stride 2 in pieces": Convolution(
+        (1, 40, 56, LANES - 3), 12, (3, 3), stride=(2, 2), padding=SAME
+    ),
+    "five columns": Convolution((1, 20, 56, 21), 8, (5, 5), padding=((2, 2), (2, 2))),
+    "dilation": Convolution((1, 30, 28, 21), 9, (3, 3), dilation=(2, 3), padding=((2, 2), (3, 3))),
+}
+"""Convolutions whose images have halves, and tiles that fit those of the results."""
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("places", [(0, 2, -1), (0,), (2, -1)])
+def test_halves(name: str, rows: int, places: tuple[int, ...]) -> None:
+    problem, inputs, expected, magnitude = with_residual(HALVES[name], rows)
+    problem = with_padded(problem, places, halves=True)
+    found = [one for one in candidates(problem) if isinstance(one, SparseStripsCandidate)]
+    assert found
+    check(problem, inputs, expected, magnitude, found=found)
 
 
 def test_values_per_channel_and_per_pixel() -> None:

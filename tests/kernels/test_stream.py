@@ -26,18 +26,22 @@ def kernel(arguments, thread, begin, end):
     step = arguments[6]
     p = words + 12
     fours = read(words, INT32)
-    tile = multiply_stream(p, fours, panel, step, tail, TAIL, sums, first_block, SHAPE)
+    tile = multiply_stream(p, fours, panel, step, tail, TAIL, sums, first_block, FILLED, SHAPE)
     store_sums(target, tile, SHAPE)
 """
 
 
 @pytest.mark.parametrize("first_block", [True, False])
 @pytest.mark.parametrize("tail", [0, *(lanes for lanes in (4, 8) if lanes < LANES)])
+@pytest.mark.parametrize("lacking", [0, 1, 3])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 3), (1, 5), (1, 7), (2, 3), (4, 4)])
-def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -> None:
+def test_sums_of_products(
+    rows: int, width: int, lacking: int, tail: int, first_block: bool
+) -> None:
     schedule = Schedule(rows, width, DEPTH, tail)
     shape = f"{rows}, {width}, {tail}, {schedule.sums_step}"
     text = TEXT.replace("TAIL", str(schedule.tail_step)).replace("SHAPE", shape)
+    text = text.replace("FILLED", "arguments[7]" if lacking else "0")
     entry = source.build("stream_test", text)
     random = np.random.default_rng(0)
     lanes = width * LANES + tail
@@ -47,6 +51,9 @@ def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -
         weight[:, columns] = random.integers(1, 9, (rows, count))
         values = random.integers(-9, 9, (DEPTH, lanes)).astype(np.float32)
         known = random.integers(-99, 99, (rows, lanes)).astype(np.float32)
+        if lacking:
+            # What is not in the panel adds nothing.
+            values[:, -lacking:] = np.nan
         _, stream = pack_streams([weight], schedule, 1)
         words, _ = guarded(stream)
         panel, _ = guarded(values[:, : width * LANES])
@@ -60,8 +67,9 @@ def test_sums_of_products(rows: int, width: int, tail: int, first_block: bool) -
         waiting[places] = np.nan if first_block else known
         target, result = guarded(np.full(size, np.nan, np.float32))
         buffers = [words.address, panel.address, tails.address, sums.address]
-        call(entry, [*buffers, int(first_block), target.address, schedule.row_bytes])
-        expected = weight @ values + (0 if first_block else known)
+        filled = (tail or LANES) - lacking
+        call(entry, [*buffers, int(first_block), target.address, schedule.row_bytes, filled])
+        expected = weight @ np.nan_to_num(values) + (0 if first_block else known)
         np.testing.assert_array_equal(result[places], expected)
 
 
@@ -71,6 +79,7 @@ def test_an_infinity_times_a_weight_in_several_columns(count: int) -> None:
     weight[0, :count] = [-1, 9, 3, 5, 2, 7, 8][:count]
     schedule = Schedule(1, 1, DEPTH)
     text = TEXT.replace("TAIL", "0").replace("SHAPE", f"1, 1, 0, {schedule.sums_step}")
+    text = text.replace("FILLED", "0")
     entry = source.build("stream_test", text)
     _, stream = pack_streams([weight], schedule, 1)
     for column in range(count):
