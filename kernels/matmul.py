@@ -19,8 +19,10 @@ from numpy.lib.stride_tricks import as_strided
 from graphopt.kernels import source
 from graphopt.kernels.epilogue import Epilogue, ExtraOperand, epilogue_supported
 from graphopt.kernels.loops import SHARE, Arguments, broadcast_strides, collapse, kernel_text
+from graphopt.kernels.memory import LINE
 from graphopt.kernels.operand import ITEM_BYTES, ConstantOperand, Operand
 from graphopt.kernels.problem import MatmulProblem
+from graphopt.kernels.register import AMD
 from graphopt.kernels.registry import (
     Argument,
     Candidate,
@@ -48,6 +50,9 @@ _FLAT = (TileShape(1, 6), TileShape(4, 4)) if LANES == 16 else (TileShape(1, 6),
 """Tiles for products of few rows."""
 _BYTES_PER_CYCLE = 16
 """Of constants, which mostly come from the last cache."""
+_FEW_TILES = 12
+"""With at most so many tiles of rows, what comes next of a constant is fetched, a line per step,
+while they use what is there; more are not held up by it. On AMD's CPUs that was not measured."""
 _PACK_CYCLES = 3
 """Cycles to arrange one vector of b."""
 
@@ -137,7 +142,9 @@ class MatmulCandidate(Candidate):
         parallel = threads > 1 and self.estimate > WORTH_SHARING
         block, epilogue = self._arguments(threads if parallel else 1)
         once = self._packed and self.product.rows <= self.tile.height
-        body = _lines(self.tile, epilogue, self._packed, once)
+        few = self.product.rows <= _FEW_TILES * self.tile.height
+        ahead = self._packed and few and not once and not AMD
+        body = _lines(self.tile, epilogue, self._packed, once, ahead)
         text = kernel_text(block, body, VOCABULARY, epilogue.functions())
         entry = source.build(f"matmul_{self.tile.height}x{self.tile.width}", text)
         return (Step(entry, (*block.values, *epilogue.immediates), parallel, block.tasks),)
@@ -290,8 +297,9 @@ def product_epilogue(problem: MatmulProblem, product: Product, block: Arguments)
     return Epilogue(problem.epilogue, extras, len(block.names))
 
 
-def _lines(tile: TileShape, epilogue: Epilogue, packed: bool, once: bool) -> list[str]:
-    """The kernel's body; ``packed`` b may be read ``once``, for a single tile of rows."""
+def _lines(tile: TileShape, epilogue: Epilogue, packed: bool, once: bool, ahead: bool) -> list[str]:
+    """The kernel's body; ``packed`` b may be read ``once``, for a single tile of rows, or fetched
+    ``ahead``."""
     starts = [
         f"e{index} = extra{index} + own_e{index} + row * e{index}_row"
         + (f" + {extra.width} * start" if extra.along else "")
@@ -308,11 +316,16 @@ def _lines(tile: TileShape, epilogue: Epilogue, packed: bool, once: bool) -> lis
         "share": SHARE,
         "offsets": offset_lines(epilogue),
         "panel": find if packed else arrange,
-        "multiply": multiply_lines(tile, a_row="a_row", a_step="a_step", padded=False, once=once),
+        "ahead": [_AHEAD.replace("HEIGHT", str(tile.height))] if ahead else [],
+        "multiply": multiply_lines(
+            tile, "a_row", "a_step", padded=False, once=once, ahead="ahead" if ahead else "0"
+        ),
         "epilogue": [*starts, *epilogue.lines()],
     }
     return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
 
+
+_AHEAD = f"ahead = depth * b_step + {LINE} * min((row - first_row) // HEIGHT, b_step // {LINE})"
 
 _BODY = """
 <prologue>
@@ -341,6 +354,7 @@ while task < stop:
             rows = min(last_row - row, HEIGHT)
             a = a_start + own_a + row * a_row + first_step * a_step
             c = y + own_y + row * c_row + 4 * start
+            <ahead>
             <multiply>
             if first_step + depth_block >= depth_size:
                 <epilogue>

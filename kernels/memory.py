@@ -241,15 +241,14 @@ LINE = 64
 """Bytes of a cache line."""
 
 
-def fetch_ahead(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Bring the line at ``address``, which need not exist, into the caches."""
-    _fetch(builder, address, written=0)
-
-
-def _fetch(builder: ir.IRBuilder, address: ir.Value, written: int) -> None:
+def fetch_ahead(
+    builder: ir.IRBuilder, address: ir.Value, written: bool = False, level: int = 1
+) -> None:
+    """Bring the line at ``address``, which need not exist, into the caches from a level on, to read
+    it or to write it."""
     pointer = _pointer(builder, address, ir.IntType(8))
-    # To read or to write, into all caches, of data.
-    flags = [ir.Constant(ir.IntType(32), number) for number in (written, 3, 1)]
+    # The last says that it is data.
+    flags = [ir.Constant(ir.IntType(32), number) for number in (int(written), 4 - level, 1)]
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 
@@ -269,7 +268,7 @@ def prefetch_written(typing: Any, address: Any) -> Any:
     """`prefetch` of a line that will be written."""
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        _fetch(builder, values[0], written=1)
+        fetch_ahead(builder, values[0], written=True)
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

@@ -89,6 +89,7 @@ def multiply_tile(
     columns: Any,
     column: Any,
     once: Any,
+    ahead: Any,
     height: Any,
     width: Any,
     vector: Any,
@@ -103,6 +104,8 @@ def multiply_tile(
     ``column`` is 0 (literal), or where one more column of ``b`` is, a number per step; then the
     rows of ``a`` must be neighbours, and all vectors of ``c`` whole. ``once`` (literal) says that
     ``b`` is a constant that is read only here, so that it is fetched from the main memory.
+    ``ahead`` is 0 (literal), or the bytes from each step of ``b`` to a line that is brought into
+    the second cache meanwhile.
     """
     kind = vector.instance_type
     shape = height.literal_value, width.literal_value
@@ -114,6 +117,8 @@ def multiply_tile(
         for name, numba in zip(_MULTIPLY_OPERANDS, sig.args, strict=False):
             wanted = types.boolean if name == "accumulate" else types.int64
             named[name] = context.cast(builder, named[name], numba, wanted)
+        if getattr(ahead, "literal_value", None) != 0:
+            named["ahead"] = context.cast(builder, values[14], sig.args[14], types.int64)
         tile = _Tile(VectorMemory(builder, kind), *shape, named, extended)
         tile.multiply(whole, bool(once.literal_value))
         tile.store()
@@ -121,7 +126,7 @@ def multiply_tile(
 
     return types.void(
         a, a_row, a_step, padded, b, b_step, depth, c, c_row, accumulate, rows, columns,
-        column, once, height, width, vector,
+        column, once, ahead, height, width, vector,
     ), generate  # fmt: skip
 
 
@@ -168,6 +173,8 @@ class _Tile:
                 for line in range(0, self.width * memory.bytes, LINE):
                     fetch_ahead(builder, builder.add(step, int64_constant(_AHEAD + line)))
             offset = builder.mul(loop.index, given["a_step"])
+            if "ahead" in given:
+                fetch_ahead(builder, builder.add(step, given["ahead"]), level=2)
             if padded:
                 fetch_ahead(
                     builder, builder.add(builder.add(starts[0], offset), int64_constant(_AHEAD))
@@ -322,19 +329,25 @@ class _Column:
 
 
 def multiply_lines(
-    tile: TileShape, a_row: str, a_step: str, padded: bool, column: str = "", once: bool = False
+    tile: TileShape,
+    a_row: str,
+    a_step: str,
+    padded: bool,
+    column: str = "",
+    once: bool = False,
+    ahead: str = "0",
 ) -> list[str]:
     """Lines that call `multiply_tile` with as many vectors as ``filled`` says, at most all.
 
-    ``padded`` and ``once`` are those of `multiply_tile`. ``column`` is an address, not 0 where
-    there is one column more; only a tile that `takes_column` has it.
+    ``padded``, ``once`` and ``ahead`` are those of `multiply_tile`. ``column`` is an address, not 0
+    where there is one column more; only a tile that `takes_column` has it.
     """
 
     def call(width: int, column: str) -> list[str]:
         return [
             "multiply_tile(",
             f"    a, {a_row}, {a_step}, {padded}, b, b_step, depth, c, c_row, accumulate,",
-            f"    rows, columns, {column}, {once}, {tile.height}, {width}, FLOAT32,",
+            f"    rows, columns, {column}, {once}, {ahead}, {tile.height}, {width}, FLOAT32,",
             ")",
         ]
 
