@@ -195,8 +195,9 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
     tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
     whole = math.ceil(columns / LANES)
     widths = [width for width in _TAIL_WIDTHS if tail and vectors and vectors % width == 0]
-    # Fewer panels are better than a narrower vector, and as many where that costs no less.
-    panels = vectors // max(widths, default=1) - (_TAIL_COST < 1)
+    # Fewer panels are better than a narrower vector, and as many where that costs no less and
+    # neither needs a copy.
+    panels = vectors // max(widths, default=1) - (pitch == 0 or _TAIL_COST < 1)
     fewer = [w for w in WIDTHS[rows] if tail and whole % w == 0 and whole // w <= panels]
     if fewer or not widths:
         tail, vectors = 0, whole

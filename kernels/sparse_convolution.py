@@ -287,8 +287,8 @@ def fetch_lines(
 
     That is too little in a row for the CPU to foresee it. Of each operand, ``lines`` lines of the
     cache are fetched that are ``step`` elements apart; the lines ``start`` find the first pixel.
-    The result mostly becomes of what is added to it, if anything is; else AMD's CPUs need not be
-    told of it.
+    The result mostly becomes of what is added to it, if anything is; else its own lines are
+    fetched, though not on AMD's CPUs, where that was not measured.
     """
     places = [
         (f"e{index}", f"e{index}_row", extra.width)
@@ -348,7 +348,7 @@ tail_step = step if pack == 0 else TAIL_ROW
 tail = panel + (4 * WIDTH * LANES if pack == 0 else tail_start)
 if has_tail and pack != 0:
     call_kernel(pack, (
-        tail, TAIL_ROW, source, plane, panel_channels, height, width, out_width, pixels,
+        tail, TAIL_ROW, source, plane, panel_channels, height, width, out_width, first + columns,
         first + WIDTH * LANES, 1,
         kernel_height, kernel_width, stride_height, stride_width,
         dilation_height, dilation_width, top, left, half, gap,
