@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source
-from graphopt.kernels.convolution import Image, image_of
 from graphopt.kernels.epilogue import Epilogue
+from graphopt.kernels.image import Image, image_of
 from graphopt.kernels.loops import SHARE, Arguments, indent, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.register import VECTORS_PER_CYCLE

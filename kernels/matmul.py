@@ -300,6 +300,7 @@ def product_epilogue(problem: MatmulProblem, product: Product, block: Arguments)
 def _lines(tile: TileShape, epilogue: Epilogue, packed: bool, once: bool, ahead: bool) -> list[str]:
     """The kernel's body; ``packed`` b may be read ``once``, for a single tile of rows, or fetched
     ``ahead``."""
+    sizes = {"HEIGHT": tile.height, "WIDTH": tile.width}
     starts = [
         f"e{index} = extra{index} + own_e{index} + row * e{index}_row"
         + (f" + {extra.width} * start" if extra.along else "")
@@ -316,13 +317,13 @@ def _lines(tile: TileShape, epilogue: Epilogue, packed: bool, once: bool, ahead:
         "share": SHARE,
         "offsets": offset_lines(epilogue),
         "panel": find if packed else arrange,
-        "ahead": [_AHEAD.replace("HEIGHT", str(tile.height))] if ahead else [],
+        "ahead": fill(_AHEAD, {}, sizes) if ahead else [],
         "multiply": multiply_lines(
             tile, "a_row", "a_step", padded=False, once=once, ahead="ahead" if ahead else "0"
         ),
         "epilogue": [*starts, *epilogue.lines()],
     }
-    return fill(_BODY, parts, {"HEIGHT": tile.height, "WIDTH": tile.width})
+    return fill(_BODY, parts, sizes)
 
 
 _AHEAD = f"ahead = depth * b_step + {LINE} * min((row - first_row) // HEIGHT, b_step // {LINE})"

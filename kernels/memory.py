@@ -252,26 +252,24 @@ def fetch_ahead(
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 
+def _fetching(written: bool) -> Callable[[Any, Any, Any, Any], ir.Value]:
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
+        fetch_ahead(builder, values[0], written)
+        return context.get_dummy_value()
+
+    return generate
+
+
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Bring the line at ``address``, which need not exist, into the caches."""
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        fetch_ahead(builder, values[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
+    return types.void(types.int64), _fetching(written=False)
 
 
 @intrinsic
 def prefetch_written(typing: Any, address: Any) -> Any:
     """`prefetch` of a line that will be written."""
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        fetch_ahead(builder, values[0], written=True)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
+    return types.void(types.int64), _fetching(written=True)
 
 
 def lane_numbers(builder: ir.IRBuilder, lanes: int) -> Register:

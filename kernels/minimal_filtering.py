@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from graphopt.kernels import source
 from graphopt.kernels.caches import SECOND_CACHE
-from graphopt.kernels.convolution import Image, epilogue_starts
 from graphopt.kernels.epilogue import Epilogue
+from graphopt.kernels.image import Image, epilogue_starts
 from graphopt.kernels.loops import Arguments, indent, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import Candidate, Step

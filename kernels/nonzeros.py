@@ -195,13 +195,15 @@ def _widths(rows: int, columns: int, run: int, pitch: int) -> tuple[Sequence[int
     tail = next((lanes for lanes in _TAILS if 0 < rest <= min(lanes, run)), 0)
     whole = math.ceil(columns / LANES)
     widths = [width for width in _TAIL_WIDTHS if tail and vectors and vectors % width == 0]
-    # Fewer panels are better than a narrower vector, and as many where that costs no less and
-    # neither needs a copy.
-    panels = vectors // max(widths, default=1) - (pitch == 0 or _TAIL_COST < 1)
-    fewer = [w for w in WIDTHS[rows] if tail and whole % w == 0 and whole // w <= panels]
-    if fewer or not widths:
+    exact: list[int] = []
+    if widths and _TAIL_COST == 1:
+        # One that costs as much as a whole one is kept only if whole ones alone would take more
+        # panels, or as many that are copied.
+        most = vectors // max(widths) - (pitch == 0)
+        exact = [width for width in WIDTHS[rows] if whole % width == 0 and whole // width <= most]
+    if exact or not widths:
         tail, vectors = 0, whole
-        widths = fewer or _fitting(WIDTHS[rows], vectors)
+        widths = exact or _fitting(WIDTHS[rows], vectors)
     may_stay = _STAYING_WIDTHS if rows == 1 and not tail else widths
     staying = [width for width in may_stay if _stays(width, tail, vectors, pitch)]
     return (staying, tail, pitch) if staying else (widths, tail, 0)

@@ -60,7 +60,7 @@ def pack_taps(
 
     The panel's rows are ordered by kernel position, then channel. Pixels outside the image are
     zero, columns from ``pixels`` on anything. ``top`` and ``left`` are the padding. Channels of
-    ``image`` are ``plane`` bytes apart and dense inside, but for ``gap`` bytes in front of the row
+    ``image`` are ``plane`` bytes apart and dense inside, but for ``gap`` pixels in front of the row
     ``half``.
     """
     whole = top == 0 and left == 0 and out_width == width and pixels == height * width
@@ -104,7 +104,7 @@ def pack_taps(
             for y in range(0, kernel_height, lines):
                 source_row = row * stride_height + y * dilation_height - top
                 source_column = (column - lane) * stride_width - left
-                source = image + row_start(source_row, width, half, gap) + 4 * source_column
+                source = image + 4 * source_column
                 for _ in range(0, kernel_width, columns):
                     pack_pixels(
                         target,
@@ -135,8 +135,8 @@ def pack_taps(
 
 @inlined
 def row_start(row: int, width: int, half: int, gap: int) -> int:
-    """Bytes from an image's first pixel to a row, with ``gap`` bytes in front of row ``half``."""
-    return 4 * row * width + (gap if row >= half else 0)
+    """Pixels from an image's first to a row, with ``gap`` in front of the row ``half``."""
+    return row * width + (gap if row >= half else 0)
 
 
 @inlined
@@ -227,9 +227,10 @@ def pack_pixels(
     """A vector of the columns from ``start`` on in steps of ``stride``, of every channel.
 
     It is taken from each of ``rows`` rows of the image, the first of which is ``row``, the others
-    each ``row_step`` further, and goes ``target_step`` further; ``gap`` bytes are in front of the
-    row ``half``. Lanes before ``lane`` are kept, pixels outside of the image are zero. The masks
-    are those of all rows and channels.
+    each ``row_step`` further, and goes ``target_step`` further. ``source`` is where the first
+    column is in the image's first row; ``gap`` pixels are in front of the row ``half``. Lanes
+    before ``lane`` are kept, pixels outside of the image are zero. The masks are those of all rows
+    and channels.
 
     ``columns`` is 1, or 3 for as many neighbouring columns of a kernel in steps of two: most of
     their pixels are under two of them. What is under one goes behind that under the one before.
@@ -241,7 +242,7 @@ def pack_pixels(
     last = mask_between(start + 2 * LANES, 1, width, FLOAT32)
     step = channels * pitch
     for _ in range(rows):
-        place, origin = target, source
+        place, origin = target, source + 4 * row_start(row, width, half, gap)
         if row < 0 or row >= height:
             for _ in range(columns * channels):
                 put(place, broadcast(0.0, FLOAT32), lane, written)
@@ -269,9 +270,7 @@ def pack_pixels(
                 put(place, gather(origin, 4 * stride, FLOAT32, low), lane, written)
                 origin += plane
                 place += pitch
-        source -= row_start(row, width, half, gap)
         row += row_step
-        source += row_start(row, width, half, gap)
         target += target_step
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import panel, source
-from graphopt.kernels.convolution import Image, image_epilogue, image_of
 from graphopt.kernels.direct_convolution import (
     TILES,
     packed_tiles,
@@ -24,6 +23,7 @@ from graphopt.kernels.direct_convolution import (
     tile_parts,
 )
 from graphopt.kernels.epilogue import Epilogue
+from graphopt.kernels.image import Image, image_epilogue, image_of
 from graphopt.kernels.loops import Arguments, kernel_text
 from graphopt.kernels.problem import ConvolutionProblem
 from graphopt.kernels.registry import (

@@ -14,14 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import panel, source
-from graphopt.kernels.convolution import (
-    Image,
-    epilogue_starts,
-    image_epilogue,
-    image_of,
-    pack_cycles,
-)
+from graphopt.kernels.convolution import pack_cycles
 from graphopt.kernels.epilogue import Epilogue
+from graphopt.kernels.image import Image, epilogue_starts, image_epilogue, image_of
 from graphopt.kernels.loops import Arguments, indent, kernel_text
 from graphopt.kernels.memory import LINE
 from graphopt.kernels.nonzeros import (
@@ -79,13 +74,9 @@ class SparseConvolutionCandidate(Candidate):
         return math.ceil(self.image.channels / self._block_channels)
 
     @property
-    def _bands(self) -> int:
-        """Halves of the output that no panel has a part of both of."""
-        return bands(self.image)
-
-    @property
     def _panels(self) -> int:
-        return self._bands * self.schedule.panels(self.image.pixels // self._bands)
+        image = self.image
+        return image.bands * self.schedule.panels(image.pixels // image.bands)
 
     @property
     def _parts(self) -> int:
@@ -95,7 +86,7 @@ class SparseConvolutionCandidate(Candidate):
     def _has_unknown(self) -> bool:
         """Whether a panel in place ends with the padding of planes."""
         lanes = self.schedule.tail or LANES
-        return self.schedule.pitch > 0 and self.image.pixels // self._bands % lanes > 0
+        return self.schedule.pitch > 0 and self.image.pixels // self.image.bands % lanes > 0
 
     @property
     def _pack(self) -> int:
@@ -115,8 +106,7 @@ class SparseConvolutionCandidate(Candidate):
             tasks -= copy
         else:
             copy = schedule.width * depth * pack_cycles(image)
-        count = bands(image)
-        return count * panels_of((copy, tasks), schedule, image.pixels // count)
+        return image.bands * panels_of((copy, tasks), schedule, image.pixels // image.bands)
 
     def packing(self) -> tuple[object, ...]:
         return (self.schedule, self._parts)
@@ -160,13 +150,10 @@ class SparseConvolutionCandidate(Candidate):
         arguments = (*block.values, *epilogue.immediates)
         return (Step(source.build(name, text), arguments, self._parallel(threads), block.tasks),)
 
-    @property
-    def _shift(self) -> int:
-        """Bytes that the lower half of a single row of pixels lies further than its start says."""
-        return 4 * self.image.gap if self.image.is_pointwise else 0
-
     def _arguments(self) -> Arguments:
         image, block = self.image, Arguments()
+        # A single row of pixels is cut within, so that a band of it begins so much further.
+        shift = image.gap if image.is_pointwise else 0
         values: dict[str, Argument] = {
             "x": Input(0), "starts": Packed(0), "words": Packed(1), "y": Output(0),
             "shares": panel_shares(self.cycles),
@@ -178,15 +165,13 @@ class SparseConvolutionCandidate(Candidate):
             "height": image.size[0], "width": image.size[1],
             "plane": 4 * image.plane, "out_plane": 4 * image.out_plane,
             "out_width": image.out_size[1], "pixels": image.pixels,
-            "half": image.size[0] if self._shift else math.ceil(image.size[0] / 2),
-            "gap": 0 if self._shift else 4 * image.gap, "out_gap": image.out_gap,
+            "half": math.ceil(image.size[0] / 2), "gap": image.gap - shift, "shift": 4 * shift,
+            "out_gap": image.out_gap, "bands": image.bands,
             "kernel_height": image.kernel[0], "kernel_width": image.kernel[1],
             "stride_height": image.stride[0], "stride_width": image.stride[1],
             "dilation_height": image.dilation[0], "dilation_width": image.dilation[1],
             "top": image.start[0], "left": image.start[1],
             "panels": self._panels, "block_channels": self._block_channels,
-            "band_panels": self._panels // self._bands, "bands": self._bands,
-            "shift": self._shift,
             "blocks": self._blocks, "parts": self._parts,
             "tasks": image.batch * image.groups * self._panels * self._parts,
         }  # fmt: skip
@@ -256,13 +241,8 @@ def task_cycles(image: Image, schedule: Schedule, zeros: ZeroPattern) -> float:
 def _schedules(image: Image, zeros: ZeroPattern) -> Iterable[Schedule]:
     depth = image.channels * image.taps
     pitch = 4 * image.plane if image.is_pointwise else 0
-    pixels = image.pixels // bands(image)
+    pixels = image.pixels // image.bands
     return schedules(zeros, depth, pixels, image.taps, image.out_size[1], pitch)
-
-
-def bands(image: Image) -> int:
-    """In how many bands an output is computed, of whose pixels no panel has some of several."""
-    return 2 if image.out_gap or (image.gap and image.is_pointwise) else 1
 
 
 def _finish_lines(schedule: Schedule, epilogue: Epilogue, tail: bool) -> list[str]:
@@ -356,6 +336,7 @@ if has_tail and pack != 0:
 """
 
 _PLACE = """
+band_panels = panels // bands
 band = panel_number // band_panels
 band_pixels = pixels // bands
 columns = band_pixels - (panel_number - band * band_panels) * WIDTH * LANES

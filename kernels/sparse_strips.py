@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import source, strip_panel
-from graphopt.kernels.convolution import Image, epilogue_starts
 from graphopt.kernels.epilogue import Epilogue
+from graphopt.kernels.image import Image, epilogue_starts
 from graphopt.kernels.loops import Arguments, indent
 from graphopt.kernels.nonzeros import (
     WIDTHS,
@@ -261,7 +261,7 @@ def _store_lines(schedule: Schedule, epilogue: Epilogue, whole: bool) -> list[st
     return lines
 
 
-_START = "start = tile_row * out_width + tile_column + (out_gap if tile_row >= out_half else 0)"
+_START = "start = row_start(tile_row, out_width, out_half, out_gap) + tile_column"
 
 _PLACE = """
 step = 4 * LANES
@@ -301,8 +301,7 @@ else:
             channel = first_row
             end = lane + min(lanes, out_width - tile_column)
             here = mask_first(end, FLOAT32) & ~mask_first(lane, FLOAT32)
-            start = line * out_width + tile_column - lane
-            start += out_gap if line >= out_half else 0
+            start = row_start(line, out_width, out_half, out_gap) + tile_column - lane
             rows = out_height - line
             <part>
             lane += lanes

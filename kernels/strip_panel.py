@@ -55,8 +55,8 @@ def pack_strips(
     vectors for the rows of the image 0, ``stride_height``, 2 ``stride_height``, ... first, then
     those from ``phase_step`` on, and so forth; what lies under another row of the kernel begins
     some vectors further. Pixels outside the image are zero, lanes beyond the output anything.
-    Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``; ``gap`` bytes are
-    in front of the image's row ``half``.
+    Channels of ``image`` are ``plane`` bytes apart, those of the panel ``pitch``; ``gap`` pixels
+    are in front of the image's row ``half``.
     """
     phases = (stride_height + phase_step - 1) // phase_step
     near = stride_width == 1 or (stride_width == 2 and dilation_width == 1)
@@ -112,7 +112,7 @@ def pack_strips(
                     pack_pixels(
                         target,
                         pitch,
-                        image + row_start(piece_row, width, half, gap) + 4 * start,
+                        image + 4 * start,
                         plane,
                         channels,
                         piece_row,
@@ -192,7 +192,7 @@ def pack_three_columns(
                         origin += along
                         place += 4 * LANES
                 begin, stop = stop, end
-                origin += gap
+                origin += 4 * gap
             place = clear_three(place, apart, lines - end)
         source += plane
         panel += pitch
@@ -239,29 +239,26 @@ def pack_pieces(
     """
     first = piece_mask(row, column, height, width, 0, lanes)
     second = piece_mask(row + piece, column, height, width, lanes, lanes)
-    source = image + row_start(row, width, half, gap) + 4 * column
-    below = image + row_start(row + piece, width, half, gap) + 4 * (column - lanes)
+    start = row_start(row, width, half, gap)
+    source = image + 4 * (start + column)
+    below = 4 * (row_start(row + piece, width, half, gap) - start - lanes)
     if 2 * lanes == LANES:
         for _ in range(channels):
             value = load_masked(source, FLOAT32, first)
-            store(target, load_over(below, value, second))
+            store(target, load_over(source + below, value, second))
             source += plane
-            below += plane
             target += pitch
     else:
         third = piece_mask(row + 2 * piece, column, height, width, 2 * lanes, lanes)
         fourth = piece_mask(row + 3 * piece, column, height, width, 3 * lanes, lanes)
-        third_row = row_start(row + 2 * piece, width, half, gap) - 8 * lanes
-        fourth_row = row_start(row + 3 * piece, width, half, gap) - 12 * lanes
-        origin = image + 4 * column
+        further = 4 * (row_start(row + 2 * piece, width, half, gap) - start - 2 * lanes)
+        last = 4 * (row_start(row + 3 * piece, width, half, gap) - start - 3 * lanes)
         for _ in range(channels):
             value = load_masked(source, FLOAT32, first)
-            value = load_over(below, value, second)
-            value = load_over(origin + third_row, value, third)
-            store(target, load_over(origin + fourth_row, value, fourth))
+            value = load_over(source + below, value, second)
+            value = load_over(source + further, value, third)
+            store(target, load_over(source + last, value, fourth))
             source += plane
-            below += plane
-            origin += plane
             target += pitch
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.kernels.convolution import Image, image_epilogue, image_of
 from graphopt.kernels.epilogue import Epilogue
+from graphopt.kernels.image import Image, image_epilogue, image_of
 from graphopt.kernels.loops import SHARE, Arguments, indent
 from graphopt.kernels.minimal_filtering import KEPT_BYTES, FilteringCandidate, result_lines
 from graphopt.kernels.problem import ConvolutionProblem

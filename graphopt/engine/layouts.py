@@ -93,8 +93,12 @@ def _change(
         shapes = {o.shape for work in new for o, one in _operands(work) if one is value}
         if len(shapes) > 1:
             return False
-    after = sum(least_estimate(work.problem) for work in new)
-    if after == math.inf or after >= most * sum(least_estimate(work.problem) for work in old):
+    after = 0.0
+    for changed in new:
+        after += least_estimate(changed.problem)
+        if math.isinf(after):  # mostly the first: no kernel knows of this layout
+            return False
+    if after >= most * sum(least_estimate(work.problem) for work in old):
         return False
     for number, changed in zip(numbers, new, strict=True):
         works[number] = changed

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import Convolution, chain, check, check_overwriting, numbers, pruned, with_padded
+from layers import Convolution, chain, check, check_overwriting, numbers, pruned
 from test_convolution import SAME
-from test_sparse_convolution import extremes, with_residual
+from test_sparse_convolution import check_arranged, extremes, with_residual
 
 from graphopt.kernels.operand import Operand
 from graphopt.kernels.registry import candidates
@@ -98,11 +98,7 @@ HALVES = {
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("places", [(0, 2, -1), (0,), (2, -1)])
 def test_halves(name: str, rows: int, places: tuple[int, ...]) -> None:
-    problem, inputs, expected, magnitude = with_residual(HALVES[name], rows)
-    problem = with_padded(problem, places, halves=True)
-    found = [one for one in candidates(problem) if isinstance(one, SparseStripsCandidate)]
-    assert found
-    check(problem, inputs, expected, magnitude, found=found)
+    check_arranged(HALVES[name], rows, places, SparseStripsCandidate, halves=True)
 
 
 def test_values_per_channel_and_per_pixel() -> None:
