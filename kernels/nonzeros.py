@@ -5,11 +5,11 @@ of its rows the offsets of its non-zero columns in the panel, and their values (
 M. Dukhan, T. Gale and K. Simonyan, "Fast sparse convnets", 2020). Each non-zero costs one
 multiplication per vector, and a load, since other rows have other columns: so most of the panel
 should stay in the first cache. Where it is too deep, it is cut into blocks of depth, between which
-the sums wait in scratch memory. Non-zeros are multiplied in fours, of which none is left over
-(`_in_fours`), and in each block rows are sorted by how many they have: loops of equal length follow
-one another and end as the CPU predicts. What `stream` does is the innermost part. Where the columns
-already lie in memory as they would in a panel, as the pixels under a 1 x 1 kernel do, and begin on
-cache lines, they are not copied.
+the sums wait in scratch memory. Non-zeros are multiplied in fours, after which two may be left but
+no other number (`_in_twos`), and in each block rows are sorted by how many they have: loops of
+equal length follow one another and end as the CPU predicts. What `stream` does is the innermost
+part. Where the columns already lie in memory as they would in a panel, as the pixels under a 1 x 1
+kernel do, and begin on cache lines, they are not copied.
 
 Where neighbouring rows share their columns (blocks of rows were pruned), they are computed together
 and share the loads as well.
@@ -35,8 +35,9 @@ from graphopt.kernels.simd import LANES
 from graphopt.kernels.stream import (
     FOUR,
     MOST_STEPS,
+    TWO,
     VECTOR_BYTES,
-    four_bytes,
+    two_bytes,
 )
 from graphopt.kernels.tile import PARTS, fill
 from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern
@@ -66,8 +67,6 @@ _TASKS = 64
 """As many are enough for threads to share: in longer parts more rows are of one length."""
 _SETS = 64
 """Sets of the first cache, as most CPUs have it."""
-_SHARES = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.5, 0], [0.25] * 4], np.float32)
-"""What of a weight each column has that holds a share of it, by their number."""
 _WORTH_SHARING_COLUMNS = 1.2
 """How many more products with rows taken together are made up for by fewer loads."""
 
@@ -241,7 +240,7 @@ def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: 
     column = max(width * schedule.rows + 0.7, width * load + 0.5 + 0.7 * schedule.rows)
     blocks = math.ceil(depth / schedule.depth)
     waiting = (blocks - 1) * (8 + 3.5 * schedule.rows * width)
-    columns = zeros.density(schedule.rows) * depth + blocks * (FOUR - 1) / 2
+    columns = zeros.density(schedule.rows) * depth + blocks * (TWO - 1) / 2
     return schedule.row_groups(outputs) * (columns * column + 12 + waiting)
 
 
@@ -288,50 +287,48 @@ def _streams(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The streams of one block, and the word where that of each part starts.
 
-    A stream has runs of row groups with equally many fours of columns: that number, how many
-    groups, and for each group its number and its columns, four by four: their steps in the panel,
-    then the values of each row. A run of no groups ends it.
+    A stream has runs of row groups with equally many twos of columns: that number, how many
+    groups, and for each group its number and its columns, four by four, perhaps two at the end:
+    their steps in the panel, then the values of each row. A run of no groups ends it.
     """
     count = schedule.row_groups(len(matrix))
     rows = np.zeros((count, schedule.rows, matrix.shape[1]), np.float32)
     rows.reshape(-1, matrix.shape[1])[: len(matrix)] = matrix
-    groups, columns, values = _in_fours(rows)
-    fours = np.bincount(groups, minlength=count) // FOUR
+    groups, columns, values = _in_twos(rows)
+    twos = np.bincount(groups, minlength=count) // TWO
     part = np.repeat(np.arange(parts), np.diff(np.arange(parts + 1) * count // parts))
-    order = np.lexsort((-fours, part))
-    fours = fours[order]
+    order = np.lexsort((-twos, part))
+    twos = twos[order]
     begins_part = np.diff(part, prepend=-1) != 0
-    begins_run = begins_part | (np.diff(fours, prepend=-1) != 0)
+    begins_run = begins_part | (np.diff(twos, prepend=-1) != 0)
     # A run has two words more, and so has the end of every part.
-    sizes = 1 + fours * (four_bytes(schedule.rows) // 4)
+    sizes = 1 + twos * (two_bytes(schedule.rows) // 4)
     places = np.cumsum(sizes + 2 * begins_run + 2 * begins_part) - sizes - 2
     words = np.zeros(places[-1] + sizes[-1] + 2, np.int32)
     words[places] = order
     runs = np.flatnonzero(begins_run)
-    words[places[runs] - 2] = fours[runs]
+    words[places[runs] - 2] = twos[runs]
     words[places[runs] - 1] = np.diff(runs, append=count)
-    _write_fours(words, places[np.argsort(order)] + 1, groups, steps[columns], values)
+    _write_columns(words, places[np.argsort(order)] + 1, groups, steps[columns], values)
     return words, places[begins_part] - 2
 
 
-def _in_fours(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _in_twos(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The groups, columns and values (columns, rows) of what is not zero in ``rows``
-    (groups, rows, columns): as many of each group as make whole fours.
+    (groups, rows, columns): evenly many of each group.
 
-    A column that is lacking is a share of the largest weight, whose products together are what they
-    were; a zero would make NaN of an infinity.
+    If a column is lacking, the largest weight is halved, and its products added twice; a zero would
+    make NaN of an infinity.
     """
     groups, columns = np.nonzero((rows != 0).any(axis=1))
-    lacking = -np.bincount(groups, minlength=len(rows)) % FOUR
+    lacking = np.bincount(groups, minlength=len(rows)) % TWO
     largest = np.abs(rows).max(axis=1).argmax(axis=1)
     shares = np.where(columns == largest[groups], 1 + lacking[groups], 1)
-    number = np.arange(shares.sum()) - (shares.cumsum() - shares).repeat(shares)
-    factors = _SHARES[shares.repeat(shares) - 1, number]
-    groups, columns = groups.repeat(shares), columns.repeat(shares)
-    return groups, columns, rows[groups, :, columns] * factors[:, np.newaxis]
+    groups, columns, shares = (array.repeat(shares) for array in (groups, columns, shares))
+    return groups, columns, rows[groups, :, columns] / shares.astype(np.float32)[:, np.newaxis]
 
 
-def _write_fours(
+def _write_columns(
     words: np.ndarray,
     places: np.ndarray,
     groups: np.ndarray,
@@ -342,10 +339,12 @@ def _write_fours(
     rows = values.shape[1]
     lengths = np.bincount(groups, minlength=len(places))
     four, lane = np.divmod(np.arange(len(groups)) - (np.cumsum(lengths) - lengths)[groups], FOUR)
-    entries = places[groups] + four * (four_bytes(rows) // 4)
+    entries = places[groups] + four * (two_bytes(rows) // 4 * FOUR // TWO)
+    # How many columns are written at once: two behind the last four.
+    together = np.minimum(lengths[groups] - FOUR * four, FOUR)
     words.view(np.uint16)[2 * entries + lane] = steps
     for row in range(rows):
-        words[entries + FOUR // 2 + FOUR * row + lane] = values[:, row].view(np.int32)
+        words[entries + together // 2 + together * row + lane] = values[:, row].view(np.int32)
 
 
 # -- the kernel ----------------------------------------------------------------------------------
@@ -391,7 +390,7 @@ def product_lines(
         parts["tile"] = ["if has_tail:", *indent(1, tail), "else:", *indent(1, parts["tile"])]
     sizes = {
         "SUMS": schedule.rows * schedule.sums_step,
-        "FOURS": four_bytes(schedule.rows),
+        "TWOS": two_bytes(schedule.rows),
     }
     return fill(_BODY, parts, sizes)
 
@@ -400,14 +399,14 @@ def _tile_lines(schedule: Schedule, finish: Sequence[str], tail: bool, columns: 
     """Lines that multiply a row group, and what follows."""
     rows = "panel, step, tail, tail_step" if tail else "panel, step, panel, 0"
     filled = f"{columns} - {schedule.width - (not tail)} * LANES" if columns else "0"
-    operands = f"p, fours, {rows}, sums, first_block, {filled}, {_shape(schedule, tail)}"
+    operands = f"p, twos, {rows}, sums, first_block, {filled}, {_shape(schedule, tail)}"
     return [f"{tile_name(tail)} = multiply_stream({operands})", *finish]
 
 
 _BODY = """
 members = read(p + 4, INT32)
 while members > 0:
-    fours = read(p, INT32)
+    twos = read(p, INT32)
     p += 8
     while members > 0:
         number = read(p, INT32)
@@ -415,7 +414,7 @@ while members > 0:
         sums = all_sums + number * SUMS
         <before>
         <tile>
-        p += fours * FOURS
+        p += twos * TWOS
         members -= 1
     members = read(p + 4, INT32)
 """

@@ -31,6 +31,8 @@ from graphopt.kernels.register import (
 VECTOR_BYTES = 4 * LANES
 FOUR = 4
 """Columns that are multiplied at once: one load brings their weights."""
+TWO = 2
+"""Columns that may be left over after fours."""
 MOST_STEPS = 2**16
 """Steps of a panel: the numbers of columns have 16 bits."""
 _CHAINS = 4 * VECTORS_PER_CYCLE if LANES == 16 else 12
@@ -43,16 +45,17 @@ _AHEAD = 2048
 _INT64 = ir.IntType(64)
 
 
-def four_bytes(rows: int) -> int:
-    """Bytes of four columns of a stream: their numbers, then their weights, row by row."""
-    return FOUR * (2 + 4 * rows)
+def two_bytes(rows: int) -> int:
+    """Bytes of two columns of a stream: their numbers, then their weights, row by row. Four, which
+    are together, take twice as many."""
+    return TWO * (2 + 4 * rows)
 
 
 @intrinsic(prefer_literal=True)
 def multiply_stream(
     typing: Any,
     p: Any,
-    fours: Any,
+    twos: Any,
     panel: Any,
     step: Any,
     tail: Any,
@@ -67,7 +70,7 @@ def multiply_stream(
 ) -> Any:
     """The products of ``rows`` rows of a weight with a panel, a tuple of vectors by row.
 
-    ``p`` is the address of so many ``fours`` of columns in a stream, ``panel`` that of the panel,
+    ``p`` is the address of so many ``twos`` of columns in a stream, ``panel`` that of the panel,
     ``width`` vectors wide, whose rows are ``step`` bytes apart. Where ``tail_lanes`` is not 0, the
     panel has one narrower vector more, in rows ``tail_step`` bytes apart from ``tail`` on; then the
     tuple has one vector more per row, whose lanes beyond hold anything. Unless ``first_block``,
@@ -81,7 +84,7 @@ def multiply_stream(
     shape = [one.literal_value for one in (rows, width, tail_lanes, sums_step)]
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> ir.Value:
-        begin, fours, panel, step, tail, tail_step, sums = (
+        begin, twos, panel, step, tail, tail_step, sums = (
             context.cast(builder, value, kind, types.int64)
             for value, kind in zip(values[:7], sig.args, strict=False)
         )
@@ -89,11 +92,11 @@ def multiply_stream(
         if getattr(filled, "literal_value", None) != 0:
             tile.fill(context.cast(builder, values[8], sig.args[8], types.int64))
         tile.start(sums, context.cast(builder, values[7], sig.args[7], types.boolean))
-        tile.multiply(begin, fours, _Rows(panel, step), _Rows(tail, tail_step))
+        tile.multiply(begin, twos, _Rows(panel, step), _Rows(tail, tail_step))
         return context.make_tuple(builder, sig.return_type, tile.results())
 
     result = types.UniTuple(FLOAT32, shape[0] * (shape[1] + (shape[2] > 0)))
-    own = (p, fours, panel, step, tail, tail_step, sums, first_block)
+    own = (p, twos, panel, step, tail, tail_step, sums, first_block)
     return result(*own, filled, rows, width, tail_lanes, sums_step), generate
 
 
@@ -130,7 +133,6 @@ class _Tile:
         self.rows = rows
         self.width = width
         self.whole = VectorMemory(builder, FLOAT32)
-        self.four = VectorMemory(builder, Vector(types.float32, FOUR))
         self.memories = [self.whole] * width
         if tail_lanes:
             self.memories.append(VectorMemory(builder, Vector(types.float32, tail_lanes)))
@@ -161,29 +163,38 @@ class _Tile:
                 known = self.memories[vector].load(self._sum_at(sums, row, vector))
                 builder.store(known.value, self.sums[0][row][vector])
 
-    def multiply(self, begin: ir.Value, fours: ir.Value, panel: _Rows, tail: _Rows) -> None:
-        """Add the products of so many times four columns."""
+    def multiply(self, begin: ir.Value, twos: ir.Value, panel: _Rows, tail: _Rows) -> None:
+        """Add the products of so many times two columns."""
         builder = self.builder
-        size = four_bytes(self.rows)
-        end = self._plus(begin, builder.mul(fours, int64_constant(size)))
+        size = two_bytes(self.rows)
+        end = self._plus(begin, builder.mul(twos, int64_constant(size)))
         with self._walk(self._plus(begin, _AHEAD), self._plus(end, _AHEAD), LINE) as line:
             fetch_ahead(builder, line)
-        with self._walk(begin, end, size) as p:
+        left = builder.and_(twos, int64_constant(1))
+        fours_end = builder.sub(end, builder.mul(left, int64_constant(size)))
+        with self._walk(begin, fours_end, size * FOUR // TWO) as p:
             # One load for all, which take turns with those of the panel.
-            numbers = self._load(p, _INT64)
-            weights = [
-                self._load_repeated(self._plus(p, 2 * FOUR + 4 * FOUR * row))
-                for row in range(self.rows)
-            ]
-            for lane in range(FOUR):
-                own = builder.lshr(numbers, int64_constant(16 * lane))
-                number = builder.and_(own, int64_constant(MOST_STEPS - 1))
-                start = self._plus(panel.address, builder.mul(number, panel.step))
-                start = start if AMD else _in_register(builder, start)
-                addresses = [self._plus(start, one * VECTOR_BYTES) for one in range(self.width)]
-                addresses.append(self._plus(tail.address, builder.mul(number, tail.step)))
-                alone = [_repeat_lane(weight, lane) for weight in weights]
-                self._add_products(addresses, alone, lane % self.chains)
+            self._multiply_columns(p, FOUR, panel, tail)
+        with builder.if_then(builder.trunc(left, ir.IntType(1))):
+            self._multiply_columns(fours_end, TWO, panel, tail)
+
+    def _multiply_columns(self, p: ir.Value, count: int, panel: _Rows, tail: _Rows) -> None:
+        """Add the products of so many columns, which are at ``p``."""
+        builder = self.builder
+        numbers = builder.zext(self._load(p, ir.IntType(16 * count)), _INT64)
+        weights = [
+            self._load_repeated(self._plus(p, (2 + 4 * row) * count), count)
+            for row in range(self.rows)
+        ]
+        for lane in range(count):
+            own = builder.lshr(numbers, int64_constant(16 * lane))
+            number = builder.and_(own, int64_constant(MOST_STEPS - 1))
+            start = self._plus(panel.address, builder.mul(number, panel.step))
+            start = start if AMD else _in_register(builder, start)
+            addresses = [self._plus(start, one * VECTOR_BYTES) for one in range(self.width)]
+            addresses.append(self._plus(tail.address, builder.mul(number, tail.step)))
+            alone = [_repeat_lane(weight, lane) for weight in weights]
+            self._add_products(addresses, alone, lane % self.chains)
 
     def results(self) -> list[ir.Value]:
         """The sums, all of whole vectors."""
@@ -247,9 +258,10 @@ class _Tile:
         pointer = self.builder.inttoptr(address, kind.as_pointer())
         return self.builder.load(pointer, align=4)
 
-    def _load_repeated(self, address: ir.Value) -> Register:
-        """The four numbers at ``address`` again and again."""
-        repeated = self.four.load(address).shuffle([lane % FOUR for lane in range(LANES)])
+    def _load_repeated(self, address: ir.Value, count: int) -> Register:
+        """So many numbers at ``address`` again and again."""
+        some = VectorMemory(self.builder, Vector(types.float32, count))
+        repeated = some.load(address).shuffle([lane % count for lane in range(LANES)])
         if "avx" in FEATURES:
             # Else LLVM loads each number again, and loads are what such loops wait for.
             repeated = repeated.llvm("llvm.arithmetic.fence")
@@ -263,6 +275,6 @@ def _in_register(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 
 def _repeat_lane(repeated: Register, lane: int) -> Register:
-    """The number ``lane`` of four that are repeated in every lane."""
+    """The number ``lane`` of two or four that are repeated in every lane."""
     # Each four lanes are shuffled among themselves, which is cheapest.
     return repeated.shuffle([start + lane for start in range(0, LANES, FOUR) for _ in range(FOUR)])

@@ -38,20 +38,20 @@ def read_back(words: np.ndarray, start: int, schedule: Schedule, matrix: np.ndar
     """Add what a stream holds to ``matrix``; the row groups that it has, in order."""
     place, seen, longest = start // 4, [], 2**30
     while words[place + 1]:
-        fours, members = words[place : place + 2]
-        assert fours < longest, "runs are sorted, and each length has one"
-        longest, place = fours, place + 2
+        twos, members = words[place : place + 2]
+        assert twos < longest, "runs are sorted, and each length has one"
+        longest, place = twos, place + 2
         for _ in range(members):
             seen.append(int(words[place]))
             place += 1
             first = seen[-1] * schedule.rows
             rows = matrix[first : first + schedule.rows]
-            for _ in range(fours):
-                # The numbers of four columns are in two words.
-                weights = place + 2
+            for count in [4] * (twos // 2) + [2] * (twos % 2):
+                # The numbers of two columns are in a word.
+                weights = place + count // 2
                 columns = words[place:weights].view(np.uint16)
-                place = weights + 4 * schedule.rows
-                values = words[weights:place].view(np.float32).reshape(-1, 4)
+                place = weights + count * schedule.rows
+                values = words[weights:place].view(np.float32).reshape(-1, count)
                 np.add.at(rows, (slice(None), columns), values[: len(rows)])
     return seen
 

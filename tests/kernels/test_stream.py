@@ -25,8 +25,8 @@ def kernel(arguments, thread, begin, end):
     target = arguments[5]
     step = arguments[6]
     p = words + 12
-    fours = read(words, INT32)
-    tile = multiply_stream(p, fours, panel, step, tail, TAIL, sums, first_block, FILLED, SHAPE)
+    twos = read(words, INT32)
+    tile = multiply_stream(p, twos, panel, step, tail, TAIL, sums, first_block, FILLED, SHAPE)
     store_sums(target, tile, SHAPE)
 """
 
@@ -45,7 +45,7 @@ def test_sums_of_products(
     entry = source.build("stream_test", text)
     random = np.random.default_rng(0)
     lanes = width * LANES + tail
-    for count in (0, 1, 3, 4, 5, 8, 14, DEPTH):
+    for count in (0, 1, 2, 3, 4, 5, 6, 8, 14, DEPTH):
         weight = np.zeros((rows, DEPTH), np.float32)
         columns = random.choice(DEPTH, count, replace=False)
         weight[:, columns] = random.integers(1, 9, (rows, count))
