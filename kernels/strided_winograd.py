@@ -5,8 +5,8 @@ Every other pixel, and every other weight, in both directions are four phases: c
 F(2 x 2, 4 x 4) over the points 0, 1, -1, 1/2 and infinity (after A. Lavin and S. Gray, "Fast
 algorithms for convolutional neural networks", 2016): 100 multiplications for the 2 x 2 results of a
 tile in place of 196. Between the transformations the products of all phases of all channels are
-summed, a column of a tile at a time for some output channels, whose sums never leave the registers
-before their first transformation.
+summed in register tiles as in `convolution`, a column of tiles of results at a time, whose sums are
+transformed once while they are in the first cache.
 
 Results differ from the exact ones about twice as much as those of other kernels. Where a pixel is
 infinite or not a number, so is every result of the tiles that contain it.
@@ -38,7 +38,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import CYCLES_PER_SECOND, fill
+from graphopt.kernels.tile import CYCLES_PER_SECOND, TILES, fill, multiply_lines
 
 _SIDE = 5
 """Pixels of a phase that a tile sees in one direction."""
@@ -47,12 +47,9 @@ _PHASES = 4
 """Even or odd rows, and of each even or odd columns."""
 _PIXELS = 9
 """Pixels of the image that a tile sees in one direction."""
-_AT_ONCE = 4 if LANES == 16 else 2
-"""Output channels whose sums for a column of a tile fit the registers."""
+_TILE = TILES[0]
 _MOST_CHANNELS = 16
 _LEAST_OUTPUTS = 16
-_SPILLING = 1.0 if LANES == 16 else 1.6
-"""How much longer all takes with the few registers that there are of short vectors."""
 
 WEIGHT_TRANSFORM = np.array(
     [[2, 0, 0, 0], [1, 1, 1, 1], [-1 / 3, 1 / 3, -1 / 3, 1 / 3], [-8 / 3, -4 / 3, -2 / 3, -1 / 3],
@@ -85,7 +82,7 @@ class _Cut:
 
 
 class StridedWinogradCandidate(FilteringCandidate):
-    """Sums in registers between the transformations."""
+    """Matrix products of all phases between the transformations."""
 
     _name = "strided_winograd"
 
@@ -93,26 +90,27 @@ class StridedWinogradCandidate(FilteringCandidate):
         weight = constants[1]
         assert weight is not None
         image, groups = self.image, _groups(self.image)
-        rows = np.zeros((groups * _AT_ONCE, image.channels, 8, 8))
+        rows = np.zeros((groups * _TILE.height, image.channels, 8, 8))
         rows[: image.outputs, :, :7, :7] = weight
         phases = rows.reshape(*rows.shape[:2], 4, 2, 4, 2)
         turned = np.einsum("ik,ockald,jl->ojcadi", WEIGHT_TRANSFORM, phases, WEIGHT_TRANSFORM)
-        turned = turned.reshape(groups, _AT_ONCE, _SIDE, 4 * image.channels, _SIDE)
+        turned = turned.reshape(groups, _TILE.height, _SIDE, 4 * image.channels, _SIDE)
         packed = aligned_empty((turned.size,), np.float32)
-        packed[:] = turned.transpose(0, 2, 3, 4, 1).reshape(-1)
+        packed[:] = turned.transpose(0, 2, 4, 3, 1).reshape(-1)
         return [packed]
 
-    def _buffers(self, team: int) -> tuple[int, int, int]:
+    def _buffers(self, team: int) -> tuple[int, int, int, int]:
         return _scratch(self.image, _cut(self.image, team))
 
     def _arguments(self, team: int) -> tuple[Arguments, Epilogue]:
         cut = _cut(self.image, team)
         image, block = self.image, Arguments()
-        streams_bytes, pixels_bytes, columns_bytes = _scratch(image, cut)
+        streams_bytes, pixels_bytes, products_bytes, columns_bytes = _scratch(image, cut)
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Packed(0), "y": Output(0), "scratch": Scratch(),
-            "thread_scratch": streams_bytes + pixels_bytes + columns_bytes,
+            "thread_scratch": streams_bytes + pixels_bytes + products_bytes + columns_bytes,
             "streams_bytes": streams_bytes, "pixels_bytes": pixels_bytes,
+            "products_bytes": products_bytes,
             "channels": image.channels, "outputs": image.outputs,
             "height": image.size[0], "width": image.size[1],
             "out_height": image.out_size[0], "out_width": image.out_size[1],
@@ -130,12 +128,12 @@ class StridedWinogradCandidate(FilteringCandidate):
             "prologue": epilogue.prologue(),
             "share": SHARE,
             "turn pixels": _turn_pixels(),
-            "no sums": [f"{name} = nothing" for name in _sums()],
-            "multiply": _multiply(),
+            "multiply": multiply_lines(_TILE, "4", f"{4 * _TILE.height}", padded=True),
             "turn columns": _turn_columns(),
             "finish": _finish(epilogue),
         }
-        return fill(_BODY, parts, {"AT_ONCE": _AT_ONCE, "SIDE": _SIDE, "PHASES": _PHASES})
+        sizes = {"HEIGHT": _TILE.height, "WIDTH": _TILE.width, "SIDE": _SIDE, "PHASES": _PHASES}
+        return fill(_BODY, parts, sizes)
 
 
 @register(ConvolutionProblem)
@@ -155,7 +153,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
 
 def _groups(image: Image) -> int:
     """Groups of output channels that are computed at once."""
-    return math.ceil(image.outputs / _AT_ONCE)
+    return math.ceil(image.outputs / _TILE.height)
 
 
 def _stream_rows(cut: _Cut) -> int:
@@ -163,9 +161,9 @@ def _stream_rows(cut: _Cut) -> int:
     return 4 * cut.rows_per_block + _PIXELS - 4
 
 
-def _scratch(image: Image, cut: _Cut) -> tuple[int, int, int]:
-    """Bytes of a thread's streams of pixels, of its transformed pixels, and of columns of products
-    that were transformed once.
+def _scratch(image: Image, cut: _Cut) -> tuple[int, int, int, int]:
+    """Bytes of a thread's streams of pixels, of its transformed pixels, of the products of a column
+    in a register tile, and of columns of products that were transformed once.
 
     The last vector of a row of tiles reaches into what follows, so that there is a vector more; so
     there is behind the streams, beside two rows of pixels that are two apart.
@@ -173,8 +171,8 @@ def _scratch(image: Image, cut: _Cut) -> tuple[int, int, int]:
     rows = image.channels * _stream_rows(cut)
     streams = 4 * (rows * 4 * cut.stream + 2 * (2 * cut.stream + LANES) + LANES)
     pixels = 4 * _POSITIONS * (4 * image.channels * cut.pitch + LANES)
-    columns = 4 * 2 * _SIDE * _AT_ONCE * (cut.pitch + LANES)
-    return streams, pixels, columns
+    columns = 4 * 2 * _SIDE * _TILE.height * (cut.pitch + LANES)
+    return streams, pixels, 4 * _SIDE * _TILE.height * _TILE.width * LANES, columns
 
 
 @functools.cache
@@ -194,14 +192,15 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     tasks = image.batch * cut.row_blocks
     row_vectors = cut.rows_per_block * math.ceil(cut.across / LANES)
     vectors = cut.pitch // LANES
-    outputs = _groups(image) * _AT_ONCE
-    product = _POSITIONS * vectors * outputs * 4.4 * image.channels / VECTORS_PER_CYCLE
+    outputs = _groups(image) * _TILE.height
+    products = 4 * image.channels * (1 / VECTORS_PER_CYCLE + 1 / _TILE.width / _TILE.height) + 3
+    product = _POSITIONS * vectors * outputs * products
     splitting = 40 * image.channels * _stream_rows(cut) * cut.stream / LANES
     turning = (vectors + row_vectors) * 40 * outputs + row_vectors * 600 * image.channels
     cycles = product + splitting + turning / VECTORS_PER_CYCLE + 500
     if sum(_scratch(image, cut)) > KEPT_BYTES:
         cycles *= 1.3
-    return math.ceil(tasks / threads) * cycles * _SPILLING
+    return math.ceil(tasks / threads) * cycles
 
 
 # -- the kernel's body ---------------------------------------------------------------------------
@@ -241,36 +240,20 @@ def _turned(d: Sequence[str], names: Sequence[str]) -> list[str]:
     ]
 
 
-def _sums() -> list[str]:
-    """The sums of products of a column of a tile, by row and output channel."""
-    return [f"s{y}{output}" for y in range(_SIDE) for output in range(_AT_ONCE)]
-
-
-def _multiply() -> list[str]:
-    """Lines that add the products of one channel's phase: pixels at ``b``, weights at ``a``."""
-    lines = [f"b{y} = load(b + {_SIDE * y} * position, FLOAT32)" for y in range(_SIDE)]
-    for place, name in enumerate(_sums()):
-        weight = f"broadcast(read(a + {4 * place}, FLOAT32), FLOAT32)"
-        lines.append(f"{name} = fma({weight}, b{name[1]}, {name})")
-    return lines
-
-
 def _turn_columns() -> list[str]:
     """Lines that store ``A.T`` times the sums of a column."""
-    lines = []
-    for output in range(_AT_ONCE):
-        s = [f"s{y}{output}" for y in range(_SIDE)]
-        lines += [
-            f"store(c + {2 * output} * plane, {s[0]} + {s[1]} + {s[2]} + {s[3]})",
-            f"store(c + {2 * output + 1} * plane, fma({s[3]}, half, {s[1]} - {s[2]} + {s[4]}))",
-        ]
-    return lines
+    row = 4 * _TILE.height * _TILE.width
+    return [
+        *(f"s{y} = load(sums + {row * y} * LANES, FLOAT32)" for y in range(_SIDE)),
+        "store(c, s0 + s1 + s2 + s3)",
+        "store(c + plane, fma(s3, half, s1 - s2 + s4))",
+    ]
 
 
 def _finish(epilogue: Epilogue) -> list[str]:
     """Lines that multiply columns of tiles by ``A`` from the right, finish and store them."""
     lines = [
-        f"t{y}{x} = load(origin + ({2 * _AT_ONCE * x} + {y}) * plane, FLOAT32)"
+        f"t{y}{x} = load(origin + ({2 * _TILE.height * x} + {y}) * plane, FLOAT32)"
         for y in range(2)
         for x in range(_SIDE)
     ]
@@ -285,7 +268,8 @@ _BODY = """
 <prologue>
 streams = scratch + thread * thread_scratch
 own_pixels = streams + streams_bytes
-columns = own_pixels + pixels_bytes
+products = own_pixels + pixels_bytes
+turned = products + products_bytes
 evens = streams + channels * stream_rows * 4 * stream
 odds = evens + 2 * stream + 4 * LANES
 stream_vectors = stream // (4 * LANES)
@@ -298,6 +282,11 @@ depth = 4 * channels
 position = 4 * (depth * pitch + LANES)
 plane = 4 * (pitch + LANES)
 vectors = pitch // LANES
+panels = (vectors + WIDTH - 1) // WIDTH
+b_step = 4 * pitch
+c_row = 4 * WIDTH * LANES
+rows = HEIGHT
+accumulate = False
 <share>
 while task < stop:
     image = task // row_blocks
@@ -317,10 +306,12 @@ while task < stop:
                 place = x + 4 * (((image * channels + channel) * height + line) * width - left)
                 while vector < 2 * stream_vectors:
                     first = 2 * vector * LANES - left
-                    m0 = mask_between(first, 1, width, FLOAT32)
-                    h0 = mask_between(first + LANES, 1, width, FLOAT32)
-                    m1 = mask_between(first + 1, 1, width, FLOAT32)
-                    h1 = mask_between(first + 1 + LANES, 1, width, FLOAT32)
+                    m0 = m1 = h0 = h1 = whole
+                    if first < 0 or first + 2 * LANES >= width:
+                        m0 = mask_between(first, 1, width, FLOAT32)
+                        h0 = mask_between(first + LANES, 1, width, FLOAT32)
+                        m1 = mask_between(first + 1, 1, width, FLOAT32)
+                        h1 = mask_between(first + 1 + LANES, 1, width, FLOAT32)
                     origin = place + 8 * vector * LANES
                     store(evens + 4 * vector * LANES, load_even(origin, FLOAT32, m0, h0))
                     store(odds + 4 * vector * LANES, load_even(origin + 4, FLOAT32, m1, h1))
@@ -367,29 +358,42 @@ while task < stop:
     while group < groups:
         side = 0
         while side < SIDE:
-            vector = 0
-            while vector < vectors:
-                a = weight + 4 * (group * SIDE + side) * depth * SIDE * AT_ONCE
-                b = own_pixels + side * position + 4 * vector * LANES
-                c = columns + 2 * AT_ONCE * side * plane + 4 * vector * LANES
-                <no sums>
-                channel = 0
-                while channel < depth:
+            panel = 0
+            while panel < panels:
+                start = panel * vectors // panels
+                filled = (panel + 1) * vectors // panels - start
+                columns = filled * LANES
+                a = weight + 4 * (group * SIDE + side) * SIDE * depth * HEIGHT
+                b = own_pixels + side * position + 4 * start * LANES
+                c = products
+                line = 0
+                while line < SIDE:
                     <multiply>
-                    a += 4 * SIDE * AT_ONCE
-                    b += 4 * pitch
-                    channel += 1
-                <turn columns>
-                vector += 1
+                    a += 4 * depth * HEIGHT
+                    b += SIDE * position
+                    c += HEIGHT * c_row
+                    line += 1
+                output = 0
+                while output < HEIGHT:
+                    sums = products + output * c_row
+                    c = turned + 2 * (HEIGHT * side + output) * plane + 4 * start * LANES
+                    vector = 0
+                    while vector < filled:
+                        <turn columns>
+                        sums += 4 * LANES
+                        c += 4 * LANES
+                        vector += 1
+                    output += 1
+                panel += 1
             side += 1
-        channel = group * AT_ONCE
-        while channel < min(outputs, (group + 1) * AT_ONCE):
+        channel = group * HEIGHT
+        while channel < min(outputs, (group + 1) * HEIGHT):
             result = y + 4 * (image * outputs + channel) * out_height * out_width
             row = first_row
             while row < last_row:
                 column = 0
                 while column < across:
-                    origin = columns + 2 * (channel - group * AT_ONCE) * plane
+                    origin = turned + 2 * (channel - group * HEIGHT) * plane
                     origin += 4 * ((row - first_row) * across + column)
                     <finish>
                     column += LANES
