@@ -1,6 +1,6 @@
 """What the kernels of minimal filtering share (A. Lavin and S. Gray, "Fast algorithms for
-convolutional neural networks", 2016): tiles of 2 x 2 results, with tiles of the image in the lanes
-of vectors, and buffers of the thread's own between the transformations."""
+convolutional neural networks", 2016): tiles of two columns of results, with tiles of the image in
+the lanes of vectors, and buffers of the thread's own between the transformations."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def result_lines(results: Sequence[tuple[str, str]], epilogue: Epilogue) -> list
             f"odd = {odd}",
             "low = interleave_low(even, odd)",
             "high = interleave_high(even, odd)",
-            f"start = (2 * row + {y}) * out_width + 2 * column",
+            f"start = ({len(results)} * row + {y}) * out_width + 2 * column",
             "c = result + 4 * start",
             *epilogue_starts(epilogue),
             *epilogue.row_lines(),
@@ -88,5 +88,6 @@ def result_lines(results: Sequence[tuple[str, str]], epilogue: Epilogue) -> list
         for half, name in enumerate(("low", "high")):
             mask = f"mask_first(present - {half} * LANES, FLOAT32)"
             values += epilogue.register_lines(name, half, mask)
-        lines += [f"if 2 * row + {y} < out_height:", *indent(1, values)] if y else values
+        inside = f"if {len(results)} * row + {y} < out_height:"
+        lines += [inside, *indent(1, values)] if y else values
     return lines

@@ -2,11 +2,12 @@
 
 Every other pixel, and every other weight, in both directions are four phases: convolutions of 4 x 4
 (and 4 x 3, 3 x 4, 3 x 3) with stride 1, whose sum the result is. Each is done by minimal filtering,
-F(2 x 2, 4 x 4) over the points 0, 1, -1, 1/2 and infinity (after A. Lavin and S. Gray, "Fast
-algorithms for convolutional neural networks", 2016): 100 multiplications for the 2 x 2 results of a
-tile in place of 196. Between the transformations the products of all phases of all channels are
-summed in register tiles as in `convolution`, a column of tiles of results at a time, whose sums are
-transformed once while they are in the first cache.
+F(3 x 2, 4 x 4) (after A. Lavin and S. Gray, "Fast algorithms for convolutional neural networks",
+2016), over the points 0, 1, -1, 2, -1/2 and infinity for the three rows of results, and 0, 1, -1,
+1/2 and infinity for the two columns: 120 multiplications for the results of a tile in place of 294.
+Between the transformations the products of all phases of all channels are summed in register tiles
+as in `convolution`, for a column of tiles at a time, whose sums are transformed once while they are
+in the first cache.
 
 Results differ from the exact ones about twice as much as those of other kernels. Where a pixel is
 infinite or not a number, so is every result of the tiles that contain it.
@@ -40,22 +41,26 @@ from graphopt.kernels.registry import (
 from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import CYCLES_PER_SECOND, TILES, fill, multiply_lines
 
-_SIDE = 5
-"""Pixels of a phase that a tile sees in one direction."""
-_POSITIONS = _SIDE**2
+_RESULTS = 3
+"""Rows of results of a tile, which has two columns."""
+_ROWS, _COLUMNS = 6, 5
+"""Pixels of a phase that a tile sees."""
+_POSITIONS = _ROWS * _COLUMNS
 _PHASES = 4
 """Even or odd rows, and of each even or odd columns."""
-_PIXELS = 9
-"""Pixels of the image that a tile sees in one direction."""
 _TILE = TILES[0]
 _MOST_CHANNELS = 16
 _LEAST_OUTPUTS = 16
 
-WEIGHT_TRANSFORM = np.array(
+ROW_TRANSFORM = np.array(
+    [[1, 0, 0, 0], [-1 / 3, -1 / 3, -1 / 3, -1 / 3], [1 / 3, -1 / 3, 1 / 3, -1 / 3],
+     [1 / 15, 2 / 15, 4 / 15, 8 / 15], [-16 / 15, 8 / 15, -4 / 15, 2 / 15], [0, 0, 0, 1]]
+)  # fmt: skip
+COLUMN_TRANSFORM = np.array(
     [[2, 0, 0, 0], [1, 1, 1, 1], [-1 / 3, 1 / 3, -1 / 3, 1 / 3], [-8 / 3, -4 / 3, -2 / 3, -1 / 3],
      [0, 0, 0, 1]]
 )  # fmt: skip
-"""G of the paper: a kernel g becomes ``G @ g @ G.T``."""
+"""G of the paper: a kernel g becomes ``ROW_TRANSFORM @ g @ COLUMN_TRANSFORM.T``."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ class StridedWinogradCandidate(FilteringCandidate):
         rows = np.zeros((groups * _TILE.height, image.channels, 8, 8))
         rows[: image.outputs, :, :7, :7] = weight
         phases = rows.reshape(*rows.shape[:2], 4, 2, 4, 2)
-        turned = np.einsum("ik,ockald,jl->ojcadi", WEIGHT_TRANSFORM, phases, WEIGHT_TRANSFORM)
-        turned = turned.reshape(groups, _TILE.height, _SIDE, 4 * image.channels, _SIDE)
+        turned = np.einsum("ik,ockald,jl->ojcadi", ROW_TRANSFORM, phases, COLUMN_TRANSFORM)
+        turned = turned.reshape(groups, _TILE.height, _COLUMNS, 4 * image.channels, _ROWS)
         packed = aligned_empty((turned.size,), np.float32)
         packed[:] = turned.transpose(0, 2, 4, 3, 1).reshape(-1)
         return [packed]
@@ -129,10 +134,17 @@ class StridedWinogradCandidate(FilteringCandidate):
             "share": SHARE,
             "turn pixels": _turn_pixels(),
             "multiply": multiply_lines(_TILE, "4", f"{4 * _TILE.height}", padded=True),
-            "turn columns": _turn_columns(),
+            "turn products": _turn_products(),
             "finish": _finish(epilogue),
         }
-        sizes = {"HEIGHT": _TILE.height, "WIDTH": _TILE.width, "SIDE": _SIDE, "PHASES": _PHASES}
+        sizes = {
+            "HEIGHT": _TILE.height,
+            "WIDTH": _TILE.width,
+            "ROWS": _ROWS,
+            "COLUMNS": _COLUMNS,
+            "RESULTS": _RESULTS,
+            "PHASES": _PHASES,
+        }
         return fill(_BODY, parts, sizes)
 
 
@@ -148,7 +160,7 @@ def candidates(problem: ConvolutionProblem) -> list[Candidate]:
     if image.channels > _MOST_CHANNELS or image.outputs < _LEAST_OUTPUTS:
         return []
     seconds = _cycles(image, _cut(image, 1), 1) / CYCLES_PER_SECOND
-    return [StridedWinogradCandidate("winograd 2x2 strided", problem, seconds, image)]
+    return [StridedWinogradCandidate("winograd 3x2 strided", problem, seconds, image)]
 
 
 def _groups(image: Image) -> int:
@@ -158,7 +170,7 @@ def _groups(image: Image) -> int:
 
 def _stream_rows(cut: _Cut) -> int:
     """Rows of the image that a block of rows of tiles sees."""
-    return 4 * cut.rows_per_block + _PIXELS - 4
+    return 2 * _RESULTS * (cut.rows_per_block - 1) + 2 * _ROWS - 1
 
 
 def _scratch(image: Image, cut: _Cut) -> tuple[int, int, int, int]:
@@ -171,8 +183,9 @@ def _scratch(image: Image, cut: _Cut) -> tuple[int, int, int, int]:
     rows = image.channels * _stream_rows(cut)
     streams = 4 * (rows * 4 * cut.stream + 2 * (2 * cut.stream + LANES) + LANES)
     pixels = 4 * _POSITIONS * (4 * image.channels * cut.pitch + LANES)
-    columns = 4 * 2 * _SIDE * _TILE.height * (cut.pitch + LANES)
-    return streams, pixels, 4 * _SIDE * _TILE.height * _TILE.width * LANES, columns
+    products = 4 * _ROWS * _TILE.height * _TILE.width * LANES
+    columns = 4 * _RESULTS * _COLUMNS * _TILE.height * (cut.pitch + LANES)
+    return streams, pixels, products, columns
 
 
 @functools.cache
@@ -182,7 +195,7 @@ def _cut(image: Image, threads: int) -> _Cut:
 
 
 def _cuts(image: Image) -> Iterator[_Cut]:
-    rows, across = (math.ceil(size / 2) for size in image.out_size)
+    rows, across = math.ceil(image.out_size[0] / _RESULTS), math.ceil(image.out_size[1] / 2)
     for row_blocks in range(1, rows + 1):
         yield _Cut(rows, across, row_blocks)
 
@@ -196,7 +209,7 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
     products = 4 * image.channels * (1 / VECTORS_PER_CYCLE + 1 / _TILE.width / _TILE.height) + 3
     product = _POSITIONS * vectors * outputs * products
     splitting = 40 * image.channels * _stream_rows(cut) * cut.stream / LANES
-    turning = (vectors + row_vectors) * 40 * outputs + row_vectors * 600 * image.channels
+    turning = (vectors + row_vectors) * 60 * outputs + row_vectors * 840 * image.channels
     cycles = product + splitting + turning / VECTORS_PER_CYCLE + 500
     if sum(_scratch(image, cut)) > KEPT_BYTES:
         cycles *= 1.3
@@ -209,28 +222,47 @@ def _cycles(image: Image, cut: _Cut, threads: int) -> float:
 def _turn_pixels() -> list[str]:
     """Lines that store ``B.T @ d @ B`` of the tiles' pixels d of one phase.
 
-    The kernel of an odd phase has three taps: its fifth pixel meets no weight, and counts as zero.
+    The kernel of an odd phase has three taps: its last pixel meets no weight, and counts as zero.
     """
     lines = []
-    for y in range(_SIDE):
-        for x in range(_SIDE):
+    for y in range(_ROWS):
+        for x in range(_COLUMNS):
             place = f"place + {8 * y + 2 * (x % 2)} * stream + {4 * (x // 2)}"
-            last = [name for name, at in (("rows", y), ("columns", x)) if at == _SIDE - 1]
-            mask = " & ".join(f"fifth_{name}" for name in last)
+            ends = (("rows", y == _ROWS - 1), ("columns", x == _COLUMNS - 1))
+            mask = " & ".join(f"last_{name}" for name, is_last in ends if is_last)
             load = f"load_masked({place}, FLOAT32, {mask})" if mask else f"load({place}, FLOAT32)"
             lines.append(f"d{y}{x} = {load}")
-    for x in range(_SIDE):
-        lines += _turned([f"d{y}{x}" for y in range(_SIDE)], [f"t{y}{x}" for y in range(_SIDE)])
-    for y in range(_SIDE):
-        names = [f"r{x}" for x in range(_SIDE)]
-        lines += _turned([f"t{y}{x}" for x in range(_SIDE)], names)
+    for x in range(_COLUMNS):
+        pixels = [f"d{y}{x}" for y in range(_ROWS)]
+        lines += _turned_rows(pixels, [f"t{y}{x}" for y in range(_ROWS)])
+    for y in range(_ROWS):
+        names = [f"r{x}" for x in range(_COLUMNS)]
+        lines += _turned_columns([f"t{y}{x}" for x in range(_COLUMNS)], names)
         for x, name in enumerate(names):
-            lines.append(f"store(target + {_SIDE * y + x} * position, {name})")
+            lines.append(f"store(target + {_COLUMNS * y + x} * position, {name})")
     return lines
 
 
-def _turned(d: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Lines that multiply five pixels by ``B.T``."""
+def _turned_rows(d: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Lines that multiply six pixels by ``B.T`` of the rows, whose entries are the coefficients of
+    the products of ``x - p`` of all points p but one, or of all."""
+    return [
+        # Of all points but 1 and -1, and of these and 0, also times x.
+        f"others = fma({d[2]}, less, {d[3]}) - {d[1]}",
+        f"moved = fma({d[3]}, less, {d[4]}) - {d[2]}",
+        f"ones = {d[3]} - {d[1]}",
+        f"further = {d[4]} - {d[2]}",
+        f"{names[0]} = fma(ones, less, further - ({d[2]} - {d[0]}))",
+        f"{names[1]} = moved + others",
+        f"{names[2]} = moved - others",
+        f"{names[3]} = fma(ones, half, further)",
+        f"{names[4]} = further - (ones + ones)",
+        f"{names[5]} = fma(further, less, {d[5]} - {d[3]} - ones)",
+    ]
+
+
+def _turned_columns(d: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Lines that multiply five pixels by ``B.T`` of the columns."""
     return [
         f"{names[3]} = {d[3]} - {d[1]}",
         f"{names[0]} = fma({d[0]} - {d[2]}, half, {names[3]})",
@@ -240,26 +272,28 @@ def _turned(d: Sequence[str], names: Sequence[str]) -> list[str]:
     ]
 
 
-def _turn_columns() -> list[str]:
-    """Lines that store ``A.T`` times the sums of a column."""
+def _turn_products() -> list[str]:
+    """Lines that store ``A.T`` of the rows times the sums of products of a column."""
     row = 4 * _TILE.height * _TILE.width
     return [
-        *(f"s{y} = load(sums + {row * y} * LANES, FLOAT32)" for y in range(_SIDE)),
-        "store(c, s0 + s1 + s2 + s3)",
-        "store(c + plane, fma(s3, half, s1 - s2 + s4))",
+        *(f"s{y} = load(sums + {row * y} * LANES, FLOAT32)" for y in range(_ROWS)),
+        "both = s1 + s2",
+        "store(c, s0 + both + (s3 + s4))",
+        "store(c + plane, fma(s4, minus, s1 - s2 + (s3 + s3)))",
+        "store(c + 2 * plane, fma(s3, four, fma(s4, quarter, both + s5)))",
     ]
 
 
 def _finish(epilogue: Epilogue) -> list[str]:
-    """Lines that multiply columns of tiles by ``A`` from the right, finish and store them."""
+    """Lines that multiply columns of tiles by ``A`` of the columns, finish and store them."""
     lines = [
-        f"t{y}{x} = load(origin + ({2 * _TILE.height * x} + {y}) * plane, FLOAT32)"
-        for y in range(2)
-        for x in range(_SIDE)
+        f"t{y}{x} = load(origin + ({_RESULTS * _TILE.height * x} + {y}) * plane, FLOAT32)"
+        for y in range(_RESULTS)
+        for x in range(_COLUMNS)
     ]
     rows = [
         (f"t{y}0 + t{y}1 + t{y}2 + t{y}3", f"fma(t{y}3, half, t{y}1 - t{y}2 + t{y}4)")
-        for y in range(2)
+        for y in range(_RESULTS)
     ]
     return [*lines, *result_lines(rows, epilogue)]
 
@@ -276,6 +310,8 @@ stream_vectors = stream // (4 * LANES)
 half = broadcast(0.5, FLOAT32)
 minus = broadcast(-0.5, FLOAT32)
 less = broadcast(-1.5, FLOAT32)
+four = broadcast(4.0, FLOAT32)
+quarter = broadcast(0.25, FLOAT32)
 nothing = broadcast(0.0, FLOAT32)
 whole = mask_first(LANES, FLOAT32)
 depth = 4 * channels
@@ -293,13 +329,13 @@ while task < stop:
     row_block = task - image * row_blocks
     first_row = row_block * rows_of_tiles // row_blocks
     last_row = (row_block + 1) * rows_of_tiles // row_blocks
-    seen = 4 * (last_row - first_row) + 5
+    seen = 2 * (RESULTS * (last_row - first_row - 1) + ROWS) - 1
     # Rows of pixels become four streams of every fourth.
     channel = 0
     while channel < channels:
         number = 0
         while number < seen:
-            line = 4 * first_row - top + number
+            line = 2 * RESULTS * first_row - top + number
             target = streams + (channel * stream_rows + number) * 4 * stream
             vector = 0
             if 0 <= line < height:
@@ -340,11 +376,11 @@ while task < stop:
             while phase < PHASES:
                 odd_rows = phase // 2
                 odd_columns = phase % 2
-                fifth_rows = mask_first(LANES * (1 - odd_rows), FLOAT32)
-                fifth_columns = mask_first(LANES * (1 - odd_columns), FLOAT32)
+                last_rows = mask_first(LANES * (1 - odd_rows), FLOAT32)
+                last_columns = mask_first(LANES * (1 - odd_columns), FLOAT32)
                 row = first_row
                 while row < last_row:
-                    number = channel * stream_rows + 4 * (row - first_row)
+                    number = channel * stream_rows + 2 * RESULTS * (row - first_row)
                     place = streams + number * 4 * stream + 4 * column
                     place += (4 * odd_rows + odd_columns) * stream
                     target = own_pixels + 4 * (PHASES * channel + phase) * pitch
@@ -357,29 +393,29 @@ while task < stop:
     group = 0
     while group < groups:
         side = 0
-        while side < SIDE:
+        while side < COLUMNS:
             panel = 0
             while panel < panels:
                 start = panel * vectors // panels
                 filled = (panel + 1) * vectors // panels - start
                 columns = filled * LANES
-                a = weight + 4 * (group * SIDE + side) * SIDE * depth * HEIGHT
+                a = weight + 4 * (group * COLUMNS + side) * ROWS * depth * HEIGHT
                 b = own_pixels + side * position + 4 * start * LANES
                 c = products
                 line = 0
-                while line < SIDE:
+                while line < ROWS:
                     <multiply>
                     a += 4 * depth * HEIGHT
-                    b += SIDE * position
+                    b += COLUMNS * position
                     c += HEIGHT * c_row
                     line += 1
                 output = 0
                 while output < HEIGHT:
                     sums = products + output * c_row
-                    c = turned + 2 * (HEIGHT * side + output) * plane + 4 * start * LANES
+                    c = turned + RESULTS * (HEIGHT * side + output) * plane + 4 * start * LANES
                     vector = 0
                     while vector < filled:
-                        <turn columns>
+                        <turn products>
                         sums += 4 * LANES
                         c += 4 * LANES
                         vector += 1
@@ -393,7 +429,7 @@ while task < stop:
             while row < last_row:
                 column = 0
                 while column < across:
-                    origin = turned + 2 * (channel - group * HEIGHT) * plane
+                    origin = turned + RESULTS * (channel - group * HEIGHT) * plane
                     origin += 4 * ((row - first_row) * across + column)
                     <finish>
                     column += LANES

@@ -12,16 +12,22 @@ from layers import Convolution, numbers
 from support import execute
 
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.strided_winograd import WEIGHT_TRANSFORM, candidates
+from graphopt.kernels.strided_winograd import COLUMN_TRANSFORM, ROW_TRANSFORM, candidates
 
 AROUND = ((3, 3), (3, 3))
 
-PIXEL_TRANSFORM = np.array(
+PIXEL_ROWS = np.array(
+    [[1, 1.5, -2, -1.5, 1, 0], [0, -1, -2.5, -0.5, 1, 0], [0, 1, 0.5, -2.5, 1, 0],
+     [0, -0.5, -1, 0.5, 1, 0], [0, 2, -1, -2, 1, 0], [0, 1, 1.5, -2, -1.5, 1]]
+)  # fmt: skip
+PIXEL_COLUMNS = np.array(
     [[0.5, -1, -0.5, 1, 0], [0, -0.5, 0.5, 1, 0], [0, 0.5, -1.5, 1, 0], [0, -1, 0, 1, 0],
      [0, 0.5, -1, -0.5, 1]]
 )  # fmt: skip
-RESULT_TRANSFORM = np.array([[1, 1, 1, 1, 0], [0, 1, -1, 0.5, 1]])
-"""``B.T`` and ``A.T`` of minimal filtering F(2, 4) over the points 0, 1, -1, 1/2, infinity."""
+RESULT_ROWS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -0.5, 0], [0, 1, 1, 4, 0.25, 1]])
+RESULT_COLUMNS = np.array([[1, 1, 1, 1, 0], [0, 1, -1, 0.5, 1]])
+"""``B.T`` and ``A.T`` of minimal filtering F(3, 4) over the points 0, 1, -1, 2, -1/2, infinity, and
+F(2, 4) over the points 0, 1, -1, 1/2, infinity."""
 
 
 def layer(x: tuple[int, ...], outputs: int, padding: tuple = AROUND) -> Convolution:
@@ -49,23 +55,26 @@ CASES = {
 def transformed(case: Convolution, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The same algorithm in float64, of absolute values: its errors are proportional to this."""
     (top, bottom), (left, right) = case.padding or ((0, 0), (0, 0))
-    around = ((0, 0), (0, 0), (top, bottom + 9), (left, right + 9))
+    around = ((0, 0), (0, 0), (top, bottom + 14), (left, right + 9))
     padded = np.pad(np.abs(x).astype(float), around)
     height, width = (n + sum(p) for n, p in zip(x.shape[2:], case.padding or AROUND, strict=True))
     out = ((height - 7) // 2 + 1, (width - 7) // 2 + 1)
     kernels = np.zeros((*weight.shape[:2], 8, 8))
     kernels[:, :, :7, :7] = weight
-    pixels, turn, back = map(np.abs, (PIXEL_TRANSFORM, WEIGHT_TRANSFORM, RESULT_TRANSFORM))
-    result = np.zeros((len(x), len(weight), 2 * -(-out[0] // 2), 2 * -(-out[1] // 2)))
+    rows, columns = map(np.abs, (PIXEL_ROWS, PIXEL_COLUMNS))
+    turn_rows, turn_columns = map(np.abs, (ROW_TRANSFORM, COLUMN_TRANSFORM))
+    back_rows, back_columns = map(np.abs, (RESULT_ROWS, RESULT_COLUMNS))
+    result = np.zeros((len(x), len(weight), 3 * -(-out[0] // 3), 2 * -(-out[1] // 2)))
     for a in range(2):
         for b in range(2):
             phase = padded[:, :, a::2, b::2]
-            tiles = np.lib.stride_tricks.sliding_window_view(phase, (5, 5), (2, 3))[:, :, ::2, ::2]
-            tiles = tiles[:, :, : result.shape[2] // 2, : result.shape[3] // 2]
-            g = np.einsum("ik,ockl,jl->ijoc", turn, np.abs(kernels[:, :, a::2, b::2]), turn)
-            d = np.einsum("ik,ncrskl,jl->nijrsc", pixels, tiles, pixels)
+            tiles = np.lib.stride_tricks.sliding_window_view(phase, (6, 5), (2, 3))[:, :, ::3, ::2]
+            tiles = tiles[:, :, : result.shape[2] // 3, : result.shape[3] // 2]
+            kernel = np.abs(kernels[:, :, a::2, b::2])
+            g = np.einsum("ik,ockl,jl->ijoc", turn_rows, kernel, turn_columns)
+            d = np.einsum("ik,ncrskl,jl->nijrsc", rows, tiles, columns)
             products = np.einsum("nijrsc,ijoc->noijrs", d, g)
-            made = np.einsum("ai,noijrs,bj->norasb", back, products, back)
+            made = np.einsum("ai,noijrs,bj->norasb", back_rows, products, back_columns)
             result += made.reshape(result.shape)
     return result[:, :, : out[0], : out[1]]
 
@@ -87,12 +96,12 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 def test_the_transformations_are_a_convolution() -> None:
-    """F(2, 4) in two dimensions, on one tile and one kernel."""
-    d, g = numbers((5, 5)).astype(float), numbers((4, 4), 1).astype(float)
-    turned = (PIXEL_TRANSFORM @ d @ PIXEL_TRANSFORM.T) * (WEIGHT_TRANSFORM @ g @ WEIGHT_TRANSFORM.T)
+    """F(3, 4) by F(2, 4), on one tile and one kernel."""
+    d, g = numbers((6, 5)).astype(float), numbers((4, 4), 1).astype(float)
+    turned = (PIXEL_ROWS @ d @ PIXEL_COLUMNS.T) * (ROW_TRANSFORM @ g @ COLUMN_TRANSFORM.T)
     windows = np.lib.stride_tricks.sliding_window_view(d, (4, 4))
     direct = np.einsum("abkl,kl->ab", windows, g)
-    np.testing.assert_allclose(RESULT_TRANSFORM @ turned @ RESULT_TRANSFORM.T, direct, atol=1e-12)
+    np.testing.assert_allclose(RESULT_ROWS @ turned @ RESULT_COLUMNS.T, direct, atol=1e-12)
 
 
 def test_epilogue() -> None:
@@ -108,7 +117,7 @@ def test_special_values_stay_in_the_tiles_that_contain_them(value: float) -> Non
     (found,) = candidates(case.problem(exact.shape))
     (result,) = execute(found, [x, weight])
     touched = np.zeros(exact.shape[2:], bool)
-    touched[4:8, 4:10] = True  # tiles begin at even results and see nine pixels from -3 on
+    touched[3:9, 6:10] = True  # of tiles that see eleven by nine pixels, from -3 on
     assert not np.isfinite(result[:, :, ~np.isfinite(exact)[0, 0]]).any()
     assert np.isfinite(result[:, :, ~touched]).all()
 
