@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.kernels import tile
+from graphopt.kernels.caches import FIRST_CACHE
 from graphopt.kernels.loops import indent
 from graphopt.kernels.memory import LINE
 from graphopt.kernels.register import VECTORS_PER_CYCLE
@@ -45,9 +46,9 @@ from graphopt.kernels.zeros import NEIGHBOURS, ZeroPattern
 VOCABULARY = (*tile.VOCABULARY, "shares", "stream")
 """Modules whose names the kernels use that multiply streams."""
 
-_FIRST_CACHE = 26 * 1024
+_KEPT_BYTES = FIRST_CACHE * 13 // 16
 """Bytes of a panel that stay in the first cache, beside what else passes through it."""
-_PANEL_BYTES = (_FIRST_CACHE, 2 * _FIRST_CACHE)
+_PANEL_BYTES = (_KEPT_BYTES, 52 * 1024)
 """Sizes of panels to try: more than stays in the first cache means fewer blocks of depth."""
 WIDTHS = (
     {1: (4, 5, 7), 2: (4, 5, 7), 4: (4, 5)} if LANES == 16 else {1: (4, 6, 7), 2: (4, 6), 4: (2,)}
@@ -235,8 +236,8 @@ def _stays(width: int, tail: int, vectors: int, pitch: int) -> bool:
 def product_cycles(schedule: Schedule, zeros: ZeroPattern, outputs: int, depth: int) -> float:
     """Cycles to multiply one panel by a weight (outputs, depth), roughly."""
     width = schedule.width / VECTORS_PER_CYCLE
-    load = 2.25 - 0.75 * min(1.0, _FIRST_CACHE / schedule.panel_bytes)
-    load -= 0.5 * min(1.0, 4 * _FIRST_CACHE / schedule.panel_bytes)
+    load = 2.25 - 0.75 * min(1.0, _KEPT_BYTES / schedule.panel_bytes)
+    load -= 0.5 * min(1.0, 4 * _KEPT_BYTES / schedule.panel_bytes)
     column = max(width * schedule.rows + 0.7, width * load + 0.5 + 0.7 * schedule.rows)
     blocks = math.ceil(depth / schedule.depth)
     waiting = (blocks - 1) * (8 + 3.5 * schedule.rows * width)
