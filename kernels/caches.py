@@ -14,7 +14,7 @@ _SYSTEM = Path("/sys/devices/system/cpu/cpu0/cache")
 
 def first_cache_bytes(system: Path = _SYSTEM) -> int:
     """Bytes of a processor's first cache for data; 32 KiB where Linux does not tell more."""
-    return max(_bytes("1", system) or _COMMON, _COMMON)
+    return max(_bytes("1", system) or 0, _COMMON)
 
 
 def second_cache_bytes(system: Path = _SYSTEM) -> int:

@@ -42,6 +42,7 @@ from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     DEPTH,
+    PANEL,
     PARTS,
     TILES,
     VOCABULARY,
@@ -301,6 +302,7 @@ def _lines(tile: TileShape, epilogue: Epilogue) -> list[str]:
     parts = {
         "prologue": epilogue.prologue(),
         "share": share_lines("pixel_blocks"),
+        "vectors": PANEL,
         "multiply": multiply,
         "epilogue": [*epilogue_starts(epilogue), *epilogue.lines()],
     }
@@ -334,8 +336,7 @@ while task < stop:
         b = own_scratch
         panel = first_panel
         while panel < last_panel:
-            start = panel * vectors // panels
-            filled = (panel + 1) * vectors // panels - start
+            <vectors>
             start = start * LANES + min(panel, extra_columns)
             call_kernel(pack, (
                 b, b_step, source, plane, block_channels, height, width, out_width, pixels,
@@ -360,8 +361,7 @@ while task < stop:
             b = own_scratch
             panel = first_panel
             while panel < last_panel:
-                start = panel * vectors // panels
-                filled = (panel + 1) * vectors // panels - start
+                <vectors>
                 start = start * LANES + min(panel, extra_columns)
                 column = b + depth * b_step if panel < extra_columns else 0
                 columns = min(pixels - start, filled * LANES + (1 if column != 0 else 0))

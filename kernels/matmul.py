@@ -38,6 +38,7 @@ from graphopt.kernels.simd import LANES
 from graphopt.kernels.tile import (
     CYCLES_PER_SECOND,
     DEPTH,
+    PANEL,
     TILES,
     VOCABULARY,
     WORTH_SHARING,
@@ -318,6 +319,7 @@ def _lines(tile: TileShape, epilogue: Epilogue, packed: bool, once: bool, ahead:
         "offsets": offset_lines(epilogue),
         "panel": find if packed else arrange,
         "ahead": fill(_AHEAD, {}, sizes) if ahead else [],
+        "vectors": PANEL,
         "multiply": multiply_lines(
             tile, "a_row", "a_step", padded=False, once=once, ahead="ahead" if ahead else "0"
         ),
@@ -339,8 +341,7 @@ while task < stop:
     matrix = rest // panels
     panel = rest - matrix * panels
     <offsets>
-    start = panel * vectors // panels
-    filled = (panel + 1) * vectors // panels - start
+    <vectors>
     start *= LANES
     columns = min(width - start, filled * LANES)
     first_row = row_block * tiles // row_blocks * HEIGHT

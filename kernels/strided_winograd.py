@@ -39,7 +39,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import CYCLES_PER_SECOND, TILES, fill, multiply_lines
+from graphopt.kernels.tile import CYCLES_PER_SECOND, PANEL, TILES, fill, multiply_lines
 
 _RESULTS = 3
 """Rows of results of a tile, which has two columns."""
@@ -110,10 +110,10 @@ class StridedWinogradCandidate(FilteringCandidate):
     def _arguments(self, team: int) -> tuple[Arguments, Epilogue]:
         cut = _cut(self.image, team)
         image, block = self.image, Arguments()
-        streams_bytes, pixels_bytes, products_bytes, columns_bytes = _scratch(image, cut)
+        streams_bytes, pixels_bytes, products_bytes, _ = buffers = self._buffers(team)
         values: dict[str, Argument] = {
             "x": Input(0), "weight": Packed(0), "y": Output(0), "scratch": Scratch(),
-            "thread_scratch": streams_bytes + pixels_bytes + products_bytes + columns_bytes,
+            "thread_scratch": sum(buffers),
             "streams_bytes": streams_bytes, "pixels_bytes": pixels_bytes,
             "products_bytes": products_bytes,
             "channels": image.channels, "outputs": image.outputs,
@@ -133,6 +133,7 @@ class StridedWinogradCandidate(FilteringCandidate):
             "prologue": epilogue.prologue(),
             "share": SHARE,
             "turn pixels": _turn_pixels(),
+            "vectors": PANEL,
             "multiply": multiply_lines(_TILE, "4", f"{4 * _TILE.height}", padded=True),
             "turn products": _turn_products(),
             "finish": _finish(epilogue),
@@ -396,8 +397,7 @@ while task < stop:
         while side < COLUMNS:
             panel = 0
             while panel < panels:
-                start = panel * vectors // panels
-                filled = (panel + 1) * vectors // panels - start
+                <vectors>
                 columns = filled * LANES
                 a = weight + 4 * (group * COLUMNS + side) * ROWS * depth * HEIGHT
                 b = own_pixels + side * position + 4 * start * LANES

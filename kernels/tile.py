@@ -328,6 +328,14 @@ class _Column:
                         builder.store(own, pointer)
 
 
+PANEL = [
+    "start = panel * vectors // panels",
+    "filled = (panel + 1) * vectors // panels - start",
+]
+"""Lines that find the first of a ``panel``'s vectors and how many it has, where all ``vectors`` are
+cut into ``panels`` that differ by one vector at most."""
+
+
 def multiply_lines(
     tile: TileShape,
     a_row: str,

@@ -37,7 +37,7 @@ from graphopt.kernels.registry import (
     register,
 )
 from graphopt.kernels.simd import LANES
-from graphopt.kernels.tile import CYCLES_PER_SECOND, TILES, fill, multiply_lines
+from graphopt.kernels.tile import CYCLES_PER_SECOND, PANEL, TILES, fill, multiply_lines
 
 _TILE = TILES[0] if LANES == 16 else TILES[1]
 _POSITIONS = 16
@@ -125,6 +125,7 @@ class WinogradCandidate(FilteringCandidate):
             "share": SHARE,
             "masks": [line for x in range(4) for line in _mask_lines(x)],
             "turn pixels": _turn_pixels(),
+            "vectors": PANEL,
             "multiply": multiply_lines(_TILE, "4", f"{4 * _TILE.height}", padded=True),
             "turn products": _turn_products(epilogue),
         }
@@ -301,8 +302,7 @@ while task < stop:
                 while tile < chunk_tiles:
                     panel = 0
                     while panel < panels:
-                        start = panel * vectors // panels
-                        filled = (panel + 1) * vectors // panels - start
+                        <vectors>
                         columns = filled * LANES
                         b = pixels + 4 * (channel * pitch + LANES * start)
                         c = products + 4 * (tile * HEIGHT * pitch + LANES * start)
